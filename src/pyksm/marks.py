@@ -1,0 +1,420 @@
+"""The ledger of this process's marks: who asked for which pages, and what was there before.
+
+The kernel keeps one bit a mapping (VM_MERGEABLE). Several askers of the same pages, the undoing
+of them in any order, memory that dies, and the process-wide switch, which wipes every mark, need
+more: for each span of pages the ledger keeps the state found and the claims made since, oldest
+first. The newest claim holds. The spans are advised whenever what holds changes.
+
+A claim ends when its Undo is undone or when its memory dies, whichever comes first. An Undo that
+was thrown away leaves its claim for as long as the memory lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pyksm import _buffer, _sys
+from pyksm.errors import NotSupported
+from pyksm.result import Skipped
+from pyksm.smaps import Mapping, read_mappings, why_never
+
+__all__ = ["Claim", "Ledger", "Range", "advise", "ledger"]
+
+Range = tuple[int, int]
+
+UNMERGE_STEP = 2 << 20
+"""Un-sharing holds the mmap lock for writing, about 0.5 s a GiB; in steps it never holds long."""
+
+
+def advise(start: int, end: int, merge: bool) -> None:
+    """Mark or unmark [start, end), the latter in steps that let others at the mmap lock."""
+    if merge:
+        _sys.madvise(start, end - start, _sys.MERGEABLE)
+        return
+    for step in range(start, end, UNMERGE_STEP):
+        _sys.madvise(step, min(UNMERGE_STEP, end - step), _sys.UNMERGEABLE)
+
+
+class Claim:
+    """One request to merge, or not to merge, some pages of one owner."""
+
+    __slots__ = ("__weakref__", "ended", "kept", "owner", "ranges", "reference", "want")
+
+    def __init__(self, ranges: list[Range], want: bool, owner: object) -> None:
+        self.ranges = ranges
+        self.want = want
+        self.kept = False
+        self.ended = False
+        self.owner: object = None
+        self.reference: weakref.ref[Any] | None = None
+        try:
+            self.reference = weakref.ref(owner)
+        except TypeError:  # bytes, bytearray: they cannot tell when they die, so they must not
+            self.owner = owner
+
+    def keep(self) -> None:
+        """Note that nobody can undo this any more; called from __del__, so no more than that."""
+        self.kept = True
+
+    def same_owner(self, other: Claim) -> bool:
+        return self.owner is other.owner and self.reference == other.reference
+
+
+@dataclass(slots=True)
+class _Span:
+    """Pages that share a history: what was found, and the claims since, oldest first.
+
+    ``found`` is True for a mark somebody else made, False for an opt-out of somebody else, and
+    None where nobody had asked, so that the process-wide switch decides.
+    """
+
+    start: int
+    end: int
+    found: bool | None
+    claims: tuple[Claim, ...]
+
+    @property
+    def wanted(self) -> bool | None:
+        return self.claims[-1].want if self.claims else self.found
+
+
+class Ledger:
+    """All claims of this process; one instance, :data:`ledger`.
+
+    Locking: one re-entrant lock around everything. Memory may die, and call back, at any
+    allocation inside our own locked code; such a death unmarks its pages at once and leaves the
+    book-keeping to the next caller.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holder: int | None = None
+        self._spans: list[_Span] = []
+        self._orphans: list[Claim] = []
+        self._switches: list[Switch] = []
+        self._switched_from = False
+        self._marked_before: list[Range] = []
+        self._watching_forks = False
+
+    # ---- the door ----
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self._watching_forks:
+            self._watching_forks = True
+            os.register_at_fork(after_in_child=self._after_fork)
+        with self._lock:
+            outer, self._holder = self._holder, threading.get_ident()
+            try:
+                self._sweep()
+                yield
+            finally:
+                self._holder = outer
+
+    def claim(self, start: int, end: int, want: bool, owner: object) -> tuple[Claim, list[Skipped]]:
+        """Make the pages [start, end) of ``owner`` mergeable or not, and look whether they are.
+
+        Returns the claim and what the kernel will not merge. Raises NotSupported if that is all
+        of it, OSError as madvise(2) does (EAGAIN: vm.max_map_count); nothing is changed then.
+        """
+        with self._locked():
+            mappings = list(read_mappings("/proc/self/smaps", start, end))
+            if want:
+                ranges, skipped = _eligible(mappings, start, end)
+                if not ranges:
+                    raise _refusal(skipped)
+            else:
+                ranges, skipped = [(start, end)], []
+            claim = Claim(ranges, want, owner)
+            self._cover(ranges, mappings)
+            self._change(ranges, lambda span: _with(span, claim))
+            if want:
+                self._prove(claim)
+            if claim.reference is not None:
+                claim.reference = weakref.ref(owner, lambda _: self._owner_died(claim))
+            return claim, skipped
+
+    def end(self, claim: Claim) -> None:
+        """Take a claim back; the pages become what the other claims, or the past, want."""
+        with self._locked():
+            if not claim.ended:
+                self._change(claim.ranges, lambda span: _without(span, claim))
+                claim.ended = True
+
+    def wanted(self, start: int, end: int) -> list[tuple[int, int, bool | None]]:
+        """Return the spans inside [start, end) with what holds there now."""
+        with self._locked():
+            return [
+                (max(span.start, start), min(span.end, end), span.wanted)
+                for span in self._overlapping(start, end)
+            ]
+
+    # ---- the process-wide switch ----
+
+    def switch(self, on: bool) -> Switch:
+        """Ask for PR_SET_MEMORY_MERGE on or off; what pyksm's own claims want stays so."""
+        with self._locked():
+            if not self._switches:
+                self._switched_from = _sys.get_memory_merge()
+            switch = Switch(on)
+            self._throw(on)
+            self._switches = [s for s in self._switches if not s.kept] + [switch]
+            return switch
+
+    def end_switch(self, switch: Switch) -> None:
+        """Take a process-wide request back; the newest of those left holds."""
+        with self._locked():
+            if switch not in self._switches:
+                return
+            left = [other for other in self._switches if other is not switch]
+            self._throw(left[-1].on if left else self._switched_from)
+            self._switches = left
+
+    def _throw(self, on: bool) -> None:
+        if _sys.get_memory_merge() == on:
+            return
+        if on:
+            self._marked_before = self._foreign_marks()
+            _sys.set_memory_merge(True)
+        else:
+            for mapping in read_mappings("/proc/self/smaps"):
+                if mapping.mergeable:  # in steps, before the kernel does it in one long hold
+                    with contextlib.suppress(OSError):  # another thread unmapped it
+                        advise(mapping.start, mapping.end, merge=False)
+            _sys.set_memory_merge(False)
+            self._remark()
+        for span in self._spans:
+            self._apply(span)
+
+    def _foreign_marks(self) -> list[Range]:
+        """Return what is marked now and is neither pyksm's memory nor in the ledger."""
+        ours = sorted([*_own_memory(), *((span.start, span.end) for span in self._spans)])
+        marked = [(m.start, m.end) for m in read_mappings("/proc/self/smaps") if m.mergeable]
+        return [piece for start, end in marked for piece in _minus(start, end, ours)]
+
+    def _remark(self) -> None:
+        """Put back the marks that PR_SET_MEMORY_MERGE 0 wiped (mm/ksm.c, ksm_disable)."""
+        for start, end in [*_own_memory(), *self._marked_before]:
+            with contextlib.suppress(OSError):  # unmapped meanwhile, wholly or in part
+                advise(start, end, merge=True)
+        self._marked_before = []
+
+    # ---- spans ----
+
+    def _overlapping(self, start: int, end: int) -> list[_Span]:
+        first = bisect_right(self._spans, start, key=lambda span: span.end)
+        last = first
+        while last < len(self._spans) and self._spans[last].start < end:
+            last += 1
+        return self._spans[first:last]
+
+    def _cover(self, ranges: list[Range], mappings: list[Mapping]) -> None:
+        """Have spans that begin and end exactly at the ranges' ends, new ones as found."""
+        by_process = _process_wide()
+        for start, end in ranges:
+            for edge in (start, end):
+                self._split(edge)
+            known = [(span.start, span.end) for span in self._overlapping(start, end)]
+            for hole_start, hole_end in _minus(start, end, known):
+                for mapping in mappings:
+                    piece = max(mapping.start, hole_start), min(mapping.end, hole_end)
+                    if piece[0] < piece[1]:
+                        found = _found(mapping.mergeable, by_process)
+                        self._spans.append(_Span(*piece, found, ()))
+            self._spans.sort(key=lambda span: span.start)
+
+    def _split(self, edge: int) -> None:
+        for index, span in enumerate(self._spans):
+            if span.start < edge < span.end:
+                tail = _Span(edge, span.end, span.found, span.claims)
+                span.end = edge
+                self._spans.insert(index + 1, tail)
+                return
+
+    def _change(self, ranges: list[Range], change: Callable[[_Span], tuple[Claim, ...]]) -> None:
+        """Replace the claims of the spans in the ranges; put all back if the kernel refuses."""
+        done: list[tuple[_Span, tuple[Claim, ...]]] = []
+        try:
+            for start, end in ranges:
+                for span in self._overlapping(start, end):
+                    done.append((span, span.claims))
+                    span.claims = change(span)
+                    if span.wanted != _wanted(span.found, done[-1][1]):
+                        self._apply(span)
+        except BaseException:
+            for span, claims in reversed(done):
+                span.claims = claims
+                with contextlib.suppress(OSError):
+                    self._apply(span)
+            self._forget_idle()
+            raise
+        self._forget_idle()
+
+    def _apply(self, span: _Span) -> None:
+        wanted = span.wanted
+        advise(span.start, span.end, _process_wide() if wanted is None else wanted)
+
+    def _forget_idle(self) -> None:
+        self._spans = [span for span in self._spans if span.claims]
+
+    def _prove(self, claim: Claim) -> None:
+        """Look for ``mg``: the kernel answers 0 to much that it does not do."""
+        start, end = claim.ranges[0][0], claim.ranges[-1][1]
+        for mapping in read_mappings("/proc/self/smaps", start, end):
+            if not mapping.mergeable and any(
+                mapping.start < range_end and range_start < mapping.end
+                for range_start, range_end in claim.ranges
+            ):
+                self.end(claim)
+                raise NotSupported(
+                    f"madvise(MADV_MERGEABLE) answered 0 but {mapping.start:#x}-{mapping.end:#x} "
+                    f"is not marked (no mg in VmFlags: {' '.join(sorted(mapping.flags))})",
+                    hint="Please report this mapping to pyksm",
+                )
+
+    # ---- deaths and forks ----
+
+    def _owner_died(self, claim: Claim) -> None:
+        """Unmark memory that is about to be freed, or its heap would be merged unasked."""
+        if claim.ended:
+            return
+        if self._holder == threading.get_ident():
+            self._orphans.append(claim)
+            for start, end in claim.ranges:
+                with contextlib.suppress(OSError):
+                    advise(start, end, _process_wide())
+            return
+        with contextlib.suppress(OSError):  # unmapped already
+            self.end(claim)
+        claim.ended = True
+
+    def _sweep(self) -> None:
+        """Do the book-keeping of deaths and of thrown-away Undos."""
+        while self._orphans:
+            orphan = self._orphans.pop()
+            for span in self._spans:
+                span.claims = _without(span, orphan)
+            orphan.ended = True
+            self._forget_idle()
+
+    def _after_fork(self) -> None:
+        """In the child: the marks are its own now, and no Undo of the parent's can reach them."""
+        self._lock = threading.RLock()
+        self._holder = None
+        for span in self._spans:
+            for claim in span.claims:
+                claim.kept = True
+        for switch in self._switches:
+            switch.kept = True
+
+
+class Switch:
+    """One request to switch the whole process on or off."""
+
+    __slots__ = ("kept", "on")
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+        self.kept = False
+
+    def keep(self) -> None:
+        """Note that nobody can undo this any more."""
+        self.kept = True
+
+
+def _with(span: _Span, claim: Claim) -> tuple[Claim, ...]:
+    """Add a claim; kept claims of the same owner can never hold again, so they go."""
+    return (*(c for c in span.claims if not (c.kept and c.same_owner(claim))), claim)
+
+
+def _without(span: _Span, claim: Claim) -> tuple[Claim, ...]:
+    return tuple(other for other in span.claims if other is not claim)
+
+
+def _wanted(found: bool | None, claims: tuple[Claim, ...]) -> bool | None:
+    return claims[-1].want if claims else found
+
+
+def _found(marked: bool, by_process: bool) -> bool | None:
+    """Tell whether somebody asked for the state found, or the process-wide switch made it."""
+    return None if marked == by_process else marked
+
+
+def _process_wide() -> bool:
+    try:
+        return _sys.get_memory_merge()
+    except OSError:  # before Linux 6.4
+        return False
+
+
+def _own_memory() -> list[Range]:
+    """Return the marked memory that pyksm itself has mapped: Buffers and numpy's arena."""
+    arena = sys.modules.get("pyksm._numpy")  # loading it would load numpy
+    slabs = arena.slabs() if arena else []
+    return [(address, address + nbytes) for address, nbytes in [*_buffer.live(), *slabs]]
+
+
+def _minus(start: int, end: int, taken: list[Range]) -> list[Range]:
+    """Return the pieces of [start, end) outside the sorted ranges taken."""
+    pieces = []
+    for taken_start, taken_end in taken:
+        if taken_end <= start or taken_start >= end:
+            continue
+        if taken_start > start:
+            pieces.append((start, taken_start))
+        start = max(start, taken_end)
+    if start < end:
+        pieces.append((start, end))
+    return pieces
+
+
+def _eligible(mappings: list[Mapping], start: int, end: int) -> tuple[list[Range], list[Skipped]]:
+    """Split [start, end) into what the kernel merges and what it skips, and why."""
+    ranges: list[Range] = []
+    skipped: list[Skipped] = []
+    at = start
+    for mapping in mappings:
+        piece = max(mapping.start, start), min(mapping.end, end)
+        if piece[0] > at:
+            skipped.append(_hole(at, piece[0]))
+        at = piece[1]
+        never = why_never(mapping)
+        if never is None:
+            ranges.append(piece)
+        else:
+            code, reason, hint = never
+            skipped.append(
+                Skipped(
+                    address=piece[0], nbytes=piece[1] - piece[0], code=code, reason=reason,
+                    hint=hint,
+                )
+            )
+    if at < end:
+        skipped.append(_hole(at, end))
+    return ranges, skipped
+
+
+def _hole(start: int, end: int) -> Skipped:
+    return Skipped(
+        address=start, nbytes=end - start, code="unmapped", reason="nothing is mapped there"
+    )
+
+
+def _refusal(skipped: list[Skipped]) -> NotSupported:
+    first = skipped[0]
+    more = f" (and {len(skipped) - 1} more pieces)" if len(skipped) > 1 else ""
+    return NotSupported(
+        f"nothing here can merge: {first.reason}{more}",
+        hint=first.hint[:1].upper() + first.hint[1:],
+    )
+
+
+ledger = Ledger()
