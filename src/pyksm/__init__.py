@@ -10,6 +10,17 @@ from __future__ import annotations
 from pyksm.errors import KsmError, NotSupported
 from pyksm.process import Process, ProcessStats
 from pyksm.region import Region, RegionStats
+from pyksm.result import Result, Skipped
 from pyksm.undo import Undo
 
-__all__ = ["KsmError", "NotSupported", "Process", "ProcessStats", "Region", "RegionStats", "Undo"]
+__all__ = [
+    "KsmError",
+    "NotSupported",
+    "Process",
+    "ProcessStats",
+    "Region",
+    "RegionStats",
+    "Result",
+    "Skipped",
+    "Undo",
+]

@@ -16,17 +16,17 @@ import os
 import sys
 import threading
 import weakref
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyksm import _buffer, _sys
 from pyksm.errors import NotSupported
 from pyksm.result import Skipped
 from pyksm.smaps import Mapping, read_mappings, why_never
 
-__all__ = ["Claim", "Ledger", "Range", "advise", "ledger"]
+__all__ = ["Claim", "Ledger", "Piece", "Range", "Switch", "advise", "ledger"]
 
 Range = tuple[int, int]
 
@@ -41,6 +41,14 @@ def advise(start: int, end: int, merge: bool) -> None:
         return
     for step in range(start, end, UNMERGE_STEP):
         _sys.madvise(step, min(UNMERGE_STEP, end - step), _sys.UNMERGEABLE)
+
+
+class Piece(NamedTuple):
+    """Pages [start, end) and the object whose death frees them."""
+
+    start: int
+    end: int
+    owner: object
 
 
 class Claim:
@@ -60,12 +68,39 @@ class Claim:
         except TypeError:  # bytes, bytearray: they cannot tell when they die, so they must not
             self.owner = owner
 
-    def keep(self) -> None:
-        """Note that nobody can undo this any more; called from __del__, so no more than that."""
-        self.kept = True
+    def watch(self, died: Callable[[Claim], None]) -> None:
+        """Have ``died`` called with this claim just before the owner's memory is freed."""
+        owner = self.reference() if self.reference is not None else None
+        if owner is not None:
+            self.reference = weakref.ref(owner, lambda _: died(self))
+
+    def holder(self) -> object:
+        """Return the owner, or None once it is gone."""
+        return self.owner if self.reference is None else self.reference()
+
+    def hold(self) -> memoryview | bool:
+        """Hold the owner's memory where it is, for the time of an advice; False if it has gone.
+
+        An mmap or a Buffer can be closed, and a bytearray resized, while the object lives on.
+        """
+        owner = self.holder()
+        if owner is None:
+            return False
+        try:
+            view = memoryview(owner)  # type: ignore[arg-type]
+        except TypeError:
+            return True
+        except (ValueError, BufferError):
+            return hasattr(owner, "__array_interface__")  # a dtype PEP 3118 has no name for
+        if not view.contiguous:
+            return True
+        start = _sys.address_of(view)
+        inside = start <= self.ranges[0][0] and self.ranges[-1][1] <= start + view.nbytes
+        return view if inside else False
 
     def same_owner(self, other: Claim) -> bool:
-        return self.owner is other.owner and self.reference == other.reference
+        owner = self.holder()
+        return owner is not None and owner is other.holder()
 
 
 @dataclass(slots=True)
@@ -119,35 +154,42 @@ class Ledger:
             finally:
                 self._holder = outer
 
-    def claim(self, start: int, end: int, want: bool, owner: object) -> tuple[Claim, list[Skipped]]:
-        """Make the pages [start, end) of ``owner`` mergeable or not, and look whether they are.
+    def claim(self, pieces: Sequence[Piece], want: bool) -> tuple[list[Claim], list[Skipped]]:
+        """Make the pages of the pieces mergeable or not, and look whether they are.
 
-        Returns the claim and what the kernel will not merge. Raises NotSupported if that is all
-        of it, OSError as madvise(2) does (EAGAIN: vm.max_map_count); nothing is changed then.
+        Returns a claim for each piece that has one, and what the kernel will not merge. Raises
+        NotSupported if that is everything, OSError as madvise(2) does (EAGAIN: vm.max_map_count);
+        nothing is changed then.
         """
         with self._locked():
-            mappings = list(read_mappings("/proc/self/smaps", start, end))
+            lowest, highest = min(p.start for p in pieces), max(p.end for p in pieces)
+            mappings = list(read_mappings("/proc/self/smaps", lowest, highest))
+            claims, skipped = [], []
+            for piece in pieces:
+                ranges = [(piece.start, piece.end)]
+                if want:
+                    ranges, never = _eligible(mappings, piece.start, piece.end)
+                    skipped += never
+                if ranges:
+                    self._cover(ranges, mappings)
+                    claims.append(Claim(ranges, want, piece.owner))
+            if not claims:
+                raise _refusal(skipped)
+            self._change(claims, _with)
             if want:
-                ranges, skipped = _eligible(mappings, start, end)
-                if not ranges:
-                    raise _refusal(skipped)
-            else:
-                ranges, skipped = [(start, end)], []
-            claim = Claim(ranges, want, owner)
-            self._cover(ranges, mappings)
-            self._change(ranges, lambda span: _with(span, claim))
-            if want:
-                self._prove(claim)
-            if claim.reference is not None:
-                claim.reference = weakref.ref(owner, lambda _: self._owner_died(claim))
-            return claim, skipped
+                self._prove(claims)
+            for claim in claims:
+                claim.watch(self._owner_died)
+            return claims, skipped
 
-    def end(self, claim: Claim) -> None:
-        """Take a claim back; the pages become what the other claims, or the past, want."""
+    def end(self, claims: Iterable[Claim]) -> None:
+        """Take claims back; the pages become what the other claims, or the past, want."""
         with self._locked():
-            if not claim.ended:
-                self._change(claim.ranges, lambda span: _without(span, claim))
-                claim.ended = True
+            standing = [claim for claim in claims if not claim.ended]
+            held = [claim.hold() for claim in standing]
+            self._change([c for c, hold in zip(standing, held, strict=True) if hold], _without)
+            for claim in standing:
+                self._strike(claim)
 
     def wanted(self, start: int, end: int) -> list[tuple[int, int, bool | None]]:
         """Return the spans inside [start, end) with what holds there now."""
@@ -191,6 +233,11 @@ class Ledger:
                         advise(mapping.start, mapping.end, merge=False)
             _sys.set_memory_merge(False)
             self._remark()
+        claims = {claim for span in self._spans for claim in span.claims}
+        held = {claim: claim.hold() for claim in claims}
+        for claim in claims:
+            if not held[claim]:
+                self._strike(claim)
         for span in self._spans:
             self._apply(span)
 
@@ -220,43 +267,44 @@ class Ledger:
         """Have spans that begin and end exactly at the ranges' ends, new ones as found."""
         by_process = _process_wide()
         for start, end in ranges:
-            for edge in (start, end):
-                self._split(edge)
+            self._split(start)
+            self._split(end)
             known = [(span.start, span.end) for span in self._overlapping(start, end)]
             for hole_start, hole_end in _minus(start, end, known):
-                for mapping in mappings:
+                for mapping in _inside(mappings, hole_start, hole_end):
                     piece = max(mapping.start, hole_start), min(mapping.end, hole_end)
-                    if piece[0] < piece[1]:
-                        found = _found(mapping.mergeable, by_process)
-                        self._spans.append(_Span(*piece, found, ()))
-            self._spans.sort(key=lambda span: span.start)
+                    found = _found(mapping.mergeable, by_process)
+                    insort(self._spans, _Span(*piece, found, ()), key=lambda span: span.start)
 
     def _split(self, edge: int) -> None:
-        for index, span in enumerate(self._spans):
-            if span.start < edge < span.end:
-                tail = _Span(edge, span.end, span.found, span.claims)
-                span.end = edge
-                self._spans.insert(index + 1, tail)
-                return
+        index = bisect_right(self._spans, edge, key=lambda span: span.end)
+        if index < len(self._spans) and self._spans[index].start < edge:
+            span = self._spans[index]
+            self._spans.insert(index + 1, _Span(edge, span.end, span.found, span.claims))
+            span.end = edge
 
-    def _change(self, ranges: list[Range], change: Callable[[_Span], tuple[Claim, ...]]) -> None:
-        """Replace the claims of the spans in the ranges; put all back if the kernel refuses."""
+    def _change(
+        self, claims: list[Claim], change: Callable[[_Span, Claim], tuple[Claim, ...]]
+    ) -> None:
+        """Add or take claims, span by span; put all back if the kernel refuses one."""
         done: list[tuple[_Span, tuple[Claim, ...]]] = []
         try:
-            for start, end in ranges:
-                for span in self._overlapping(start, end):
-                    done.append((span, span.claims))
-                    span.claims = change(span)
-                    if span.wanted != _wanted(span.found, done[-1][1]):
-                        self._apply(span)
+            for claim in claims:
+                for start, end in claim.ranges:
+                    for span in self._overlapping(start, end):
+                        before = span.wanted
+                        done.append((span, span.claims))
+                        span.claims = change(span, claim)
+                        if span.wanted != before:
+                            self._apply(span)
         except BaseException:
-            for span, claims in reversed(done):
-                span.claims = claims
+            for span, claims_before in reversed(done):
+                span.claims = claims_before
                 with contextlib.suppress(OSError):
                     self._apply(span)
-            self._forget_idle()
             raise
-        self._forget_idle()
+        finally:
+            self._forget_idle()
 
     def _apply(self, span: _Span) -> None:
         wanted = span.wanted
@@ -265,15 +313,12 @@ class Ledger:
     def _forget_idle(self) -> None:
         self._spans = [span for span in self._spans if span.claims]
 
-    def _prove(self, claim: Claim) -> None:
+    def _prove(self, claims: list[Claim]) -> None:
         """Look for ``mg``: the kernel answers 0 to much that it does not do."""
-        start, end = claim.ranges[0][0], claim.ranges[-1][1]
-        for mapping in read_mappings("/proc/self/smaps", start, end):
-            if not mapping.mergeable and any(
-                mapping.start < range_end and range_start < mapping.end
-                for range_start, range_end in claim.ranges
-            ):
-                self.end(claim)
+        ranges = sorted(one for claim in claims for one in claim.ranges)
+        for mapping in read_mappings("/proc/self/smaps", ranges[0][0], ranges[-1][1]):
+            if not mapping.mergeable and _overlap_any(ranges, mapping.start, mapping.end):
+                self.end(claims)
                 raise NotSupported(
                     f"madvise(MADV_MERGEABLE) answered 0 but {mapping.start:#x}-{mapping.end:#x} "
                     f"is not marked (no mg in VmFlags: {' '.join(sorted(mapping.flags))})",
@@ -292,18 +337,23 @@ class Ledger:
                 with contextlib.suppress(OSError):
                     advise(start, end, _process_wide())
             return
-        with contextlib.suppress(OSError):  # unmapped already
-            self.end(claim)
-        claim.ended = True
+        with self._locked(), contextlib.suppress(OSError):  # unmapped already
+            self._change([claim], _without)
+            self._strike(claim)
 
     def _sweep(self) -> None:
         """Do the book-keeping of deaths and of thrown-away Undos."""
         while self._orphans:
-            orphan = self._orphans.pop()
-            for span in self._spans:
-                span.claims = _without(span, orphan)
-            orphan.ended = True
-            self._forget_idle()
+            self._strike(self._orphans.pop())
+
+    def _strike(self, claim: Claim) -> None:
+        """Take a claim out of the book without a word to the kernel: its memory has gone."""
+        for span in self._spans:
+            if claim in span.claims:
+                span.claims = _without(span, claim)
+        self._forget_idle()
+        claim.ended = True
+        claim.reference = claim.owner = None
 
     def _after_fork(self) -> None:
         """In the child: the marks are its own now, and no Undo of the parent's can reach them."""
@@ -339,10 +389,6 @@ def _without(span: _Span, claim: Claim) -> tuple[Claim, ...]:
     return tuple(other for other in span.claims if other is not claim)
 
 
-def _wanted(found: bool | None, claims: tuple[Claim, ...]) -> bool | None:
-    return claims[-1].want if claims else found
-
-
 def _found(marked: bool, by_process: bool) -> bool | None:
     """Tell whether somebody asked for the state found, or the process-wide switch made it."""
     return None if marked == by_process else marked
@@ -376,12 +422,24 @@ def _minus(start: int, end: int, taken: list[Range]) -> list[Range]:
     return pieces
 
 
+def _inside(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:
+    first = bisect_right(mappings, start, key=lambda mapping: mapping.end)
+    return mappings[first : bisect_left(mappings, end, lo=first, key=lambda m: m.start)]
+
+
+def _overlap_any(ranges: list[Range], start: int, end: int) -> bool:
+    """Tell whether [start, end) meets one of the sorted, disjoint ranges."""
+    index = bisect_right(ranges, (start, start))
+    before = index > 0 and ranges[index - 1][1] > start
+    return before or (index < len(ranges) and ranges[index][0] < end)
+
+
 def _eligible(mappings: list[Mapping], start: int, end: int) -> tuple[list[Range], list[Skipped]]:
     """Split [start, end) into what the kernel merges and what it skips, and why."""
     ranges: list[Range] = []
     skipped: list[Skipped] = []
     at = start
-    for mapping in mappings:
+    for mapping in _inside(mappings, start, end):
         piece = max(mapping.start, start), min(mapping.end, end)
         if piece[0] > at:
             skipped.append(_hole(at, piece[0]))
@@ -393,7 +451,10 @@ def _eligible(mappings: list[Mapping], start: int, end: int) -> tuple[list[Range
             code, reason, hint = never
             skipped.append(
                 Skipped(
-                    address=piece[0], nbytes=piece[1] - piece[0], code=code, reason=reason,
+                    address=piece[0],
+                    nbytes=piece[1] - piece[0],
+                    code=code,
+                    reason=reason,
                     hint=hint,
                 )
             )

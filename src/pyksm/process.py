@@ -8,18 +8,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import SupportsIndex
 
 from pyksm import _sys
 from pyksm.errors import NotSupported
 from pyksm.frames import fork_sharing, frame_files, frames_readable, survey
 from pyksm.marks import ledger
 from pyksm.result import Result
+from pyksm.settle import Progress, Scope, SettleResult, Unmerged, explain, settle
 from pyksm.smaps import read_mappings, read_rollup
 from pyksm.undo import Undo
-
-if TYPE_CHECKING:
-    from pyksm.settle import Progress, SettleResult
 
 __all__ = ["Process", "ProcessStats"]
 
@@ -200,6 +198,22 @@ class Process:
         """Return ``ksm_zero_pages``, which the kernel keeps live; None before Linux 6.6."""
         return _number(self._counters().get("ksm_zero_pages"))
 
+    def scope(self) -> Scope:
+        """Return how far merging in this process has come, for :func:`pyksm.settle`."""
+        marked = [m for m in read_mappings(self._path("smaps")) if m.mergeable]
+        zeros = (self.zero_pages() or 0) * _sys.PAGE_SIZE
+        return Scope(
+            candidates=sum(m.bytes_of("Anonymous") or 0 for m in marked) + zeros,
+            merged=sum(m.bytes_of("KSM") or 0 for m in marked) + zeros,
+        )
+
+    def unmerged(self) -> list[Unmerged]:
+        """Say what of the marked memory has not merged, and why."""
+        marked = [m for m in read_mappings(self._path("smaps")) if m.mergeable]
+        resident = sum(m.bytes_of("Anonymous") or 0 for m in marked)
+        merged = sum(m.bytes_of("KSM") or 0 for m in marked)
+        return explain(unmarked=0, untouched=0, single=resident - merged)
+
     def settle(
         self,
         timeout: float | None = None,
@@ -207,8 +221,6 @@ class Process:
         progress: Progress | None = None,
     ) -> SettleResult:
         """Make merging happen now; return when it has (see :func:`pyksm.settle`)."""
-        from pyksm.settle import settle
-
         return settle([self], timeout=timeout, cpu=cpu, progress=progress)
 
     # ---- files ----

@@ -7,19 +7,17 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyksm import _sys
 from pyksm.errors import NotSupported
 from pyksm.frames import fork_sharing, frame_files, survey
-from pyksm.marks import ledger
+from pyksm.marks import Piece, ledger
 from pyksm.process import RMAP_ITEM, Process
-from pyksm.result import Result
+from pyksm.result import Result, human_bytes
+from pyksm.settle import Progress, Scope, SettleResult, Unmerged, explain, settle
 from pyksm.smaps import read_mappings
 from pyksm.undo import Undo
-
-if TYPE_CHECKING:
-    from pyksm.settle import Progress, SettleResult
 
 __all__ = ["Region", "RegionStats"]
 
@@ -96,8 +94,7 @@ class Region:
         ...     undo.nbytes >= (1 << 20) - 8192
         True
         """
-        require_ksm()
-        return self._claim(True)
+        return ask([self], want=True)
 
     def unmerge(self) -> Undo:
         """Keep these pages from merging, and give merged ones their own copies back.
@@ -106,17 +103,7 @@ class Region:
         names the same pages, or the memory dies. Costs about 2 us a merged page (half a second a
         GiB), in steps of 2 MiB so that no other thread waits long for the mmap lock.
         """
-        return self._claim(False)
-
-    def _claim(self, want: bool) -> Undo:
-        owner = _owner(self.obj)
-        claim, skipped = ledger.claim(self.address, self.address + self.nbytes, want, owner)
-        return Undo(
-            functools.partial(ledger.end, claim),
-            keep=claim.keep,
-            nbytes=sum(end - start for start, end in claim.ranges),
-            skipped=skipped,
-        )
+        return ask([self], want=False)
 
     def stats(self) -> RegionStats:
         """Read what is merged of these pages now, and what that saves.
@@ -150,6 +137,27 @@ class Region:
             exact=files.frames,
         )
 
+    def scope(self) -> Scope:
+        """Return how far merging of these pages has come, for :func:`pyksm.settle`."""
+        page = _sys.PAGE_SIZE
+        mappings = [
+            m for m in read_mappings("/proc/self/smaps", self.address, self._end) if m.mergeable
+        ]
+        ranges = [(max(m.start, self.address), min(m.end, self._end)) for m in mappings]
+        with frame_files("/proc/self") as files:
+            pages = survey(files, ranges)
+        merged = pages.ksm + pages.zero if files.frames else _from_pss(mappings, pages.shared)[0]
+        return Scope(candidates=pages.present * page, merged=merged * page)
+
+    def unmerged(self) -> list[Unmerged]:
+        """Say what of these pages has not merged, and why."""
+        stats = self.stats()
+        return explain(
+            unmarked=stats.nbytes - stats.mergeable_bytes,
+            untouched=stats.mergeable_bytes - stats.resident_bytes,
+            single=stats.resident_bytes - (stats.merged_bytes or 0),
+        )
+
     def settle(
         self,
         timeout: float | None = None,
@@ -157,8 +165,6 @@ class Region:
         progress: Progress | None = None,
     ) -> SettleResult:
         """Make merging of these pages happen now; return when it has (see :func:`pyksm.settle`)."""
-        from pyksm.settle import settle
-
         return settle([self], timeout=timeout, cpu=cpu, progress=progress)
 
     @property
@@ -167,9 +173,26 @@ class Region:
 
     def __repr__(self) -> str:
         """Show the size and the kind of object."""
-        from pyksm.result import human_bytes
-
         return f"<pyksm.Region: {human_bytes(self.nbytes)} of {_name(self.obj)}>"
+
+
+def ask(regions: Sequence[Region], *, want: bool) -> Undo:
+    """Claim the pages of several regions at once, all or none; one Undo for all."""
+    if want:
+        require_ksm()
+    pieces = [Piece(r.address, r.address + r.nbytes, _owner(r.obj)) for r in regions]
+    claims, skipped = ledger.claim(pieces, want)
+
+    def keep() -> None:
+        for claim in claims:
+            claim.kept = True
+
+    return Undo(
+        functools.partial(ledger.end, claims),
+        keep=keep,
+        nbytes=sum(end - start for claim in claims for start, end in claim.ranges),
+        skipped=skipped,
+    )
 
 
 def _from_pss(mappings: list[Any], shared_pages: int) -> tuple[int, float]:

@@ -61,9 +61,7 @@ class Mapping:
         return int(found[1]) * 1024 if found else None
 
 
-def read_mappings(
-    smaps: Path | str, start: int = 0, end: int | None = None
-) -> Iterator[Mapping]:
+def read_mappings(smaps: Path | str, start: int = 0, end: int | None = None) -> Iterator[Mapping]:
     """Yield the mappings that overlap [start, end), in order of address.
 
     Reading stops behind ``end``: the kernel walks page tables for every mapping it prints.
