@@ -99,6 +99,7 @@ class Claim:
         return view if inside else False
 
     def same_owner(self, other: Claim) -> bool:
+        """Tell whether both are about the memory of one living object."""
         owner = self.holder()
         return owner is not None and owner is other.holder()
 

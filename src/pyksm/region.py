@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,18 +271,25 @@ def _owner(obj: object) -> object:
     referenced, the object the caller passed stands for it: a mark must end too early rather than
     too late.
     """
-    owner = obj
-    while True:
-        if isinstance(owner, memoryview):
-            below = owner.obj
-        else:
-            below = getattr(owner, "base", None) if _is_array(owner) else None
-        if below is None:
-            break
+    owner: object = obj
+    while (below := _below(owner)) is not None:
         owner = below
-    if type(owner).__weakrefoffset__ or not _is_array(obj):  # type: ignore[attr-defined]
-        return owner
-    return obj
+    return owner if _weakly_referable(owner) or not _is_array(obj) else obj
+
+
+def _below(obj: object) -> object | None:
+    """Return what a view looks into."""
+    if isinstance(obj, memoryview):
+        return obj.obj
+    return getattr(obj, "base", None) if _is_array(obj) else None
+
+
+def _weakly_referable(obj: object) -> bool:
+    try:
+        weakref.ref(obj)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_array(obj: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def read_mappings(smaps: Path | str, start: int = 0, end: int | None = None) -> 
         while chunk := file.read(1 << 16):
             rest += chunk
             headers = list(_HEADER.finditer(rest))
-            for header, following in zip(headers, headers[1:], strict=False):
+            for header, following in itertools.pairwise(headers):
                 mapping = _mapping(header, rest[header.end() : following.start()])
                 if end is not None and mapping.start >= end:
                     return
@@ -114,8 +115,8 @@ def why_never(mapping: Mapping) -> tuple[str, str, str] | None:
     if mapping.inode and not mapping.bytes_of("Anonymous"):
         return (
             "file",
-            f"a private mapping of the file {mapping.path} with no page written yet: "
-            "its pages are the page cache's, already one copy",
+            f"no page of this private mapping of {mapping.path} was written yet: its pages are "
+            + "the page cache's, already one copy",
             "leave it mapped, or pyksm.load() it into memory that merges",
         )
     return None

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from pyksm.result import Skipped
@@ -65,7 +65,7 @@ class Undo:
             for undo in reversed(undos):
                 try:
                     undo.undo()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - all are tried, then raised
                     errors.append(error)
             if len(errors) == 1:
                 raise errors[0]
@@ -90,7 +90,7 @@ class Undo:
                 self._revert()
                 self._revert = None
 
-    def __enter__(self) -> Undo:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 
@@ -106,7 +106,7 @@ class Undo:
             return
         try:
             self.undo()
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001 - noted on the body's own error
             error.add_note(f"pyksm could not undo its change as well: {failure}")
 
     def __del__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from pyksm.errors import NotSupported
 from pyksm.host import Host
@@ -17,7 +18,7 @@ from pyksm.undo import Undo
 
 __all__ = ["merge", "settle", "settle_async", "unmerge"]
 
-Noun = Region | Process | Host
+Noun: TypeAlias = Region | Process | Host
 
 
 def merge(obj: object) -> Undo:
