@@ -8,7 +8,7 @@ it completes the rest.
 
 import os
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport strtoll
@@ -65,7 +65,7 @@ def set_memory_merge(bint on):
 
 def address_of(buffer):
     cdef Py_buffer view
-    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    PyObject_GetBuffer(buffer, &view, PyBUF_STRIDED_RO)
     address = <uintptr_t> view.buf
     PyBuffer_Release(&view)
     return address

@@ -26,7 +26,7 @@ from pyksm.errors import NotSupported
 from pyksm.result import Skipped
 from pyksm.smaps import Mapping, read_mappings, why_never
 
-__all__ = ["Claim", "Ledger", "Piece", "Range", "Switch", "advise", "ledger"]
+__all__ = ["Claim", "Ledger", "Piece", "Range", "Span", "Switch", "advise", "ledger"]
 
 Range = tuple[int, int]
 
@@ -105,7 +105,7 @@ class Claim:
 
 
 @dataclass(slots=True)
-class _Span:
+class Span:
     """Pages that share a history: what was found, and the claims since, oldest first.
 
     ``found`` is True for a mark somebody else made, False for an opt-out of somebody else, and
@@ -133,7 +133,7 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._holder: int | None = None
-        self._spans: list[_Span] = []
+        self._spans: list[Span] = []
         self._orphans: list[Claim] = []
         self._switches: list[Switch] = []
         self._switched_from = False
@@ -167,6 +167,7 @@ class Ledger:
             mappings = list(read_mappings("/proc/self/smaps", lowest, highest))
             claims, skipped = [], []
             for piece in pieces:
+                self._strike_gone(self._overlapping(piece.start, piece.end))
                 ranges = [(piece.start, piece.end)]
                 if want:
                     ranges, never = _eligible(mappings, piece.start, piece.end)
@@ -188,17 +189,15 @@ class Ledger:
         with self._locked():
             standing = [claim for claim in claims if not claim.ended]
             held = [claim.hold() for claim in standing]
-            self._change([c for c, hold in zip(standing, held, strict=True) if hold], _without)
+            there = [c for c, hold in zip(standing, held, strict=True) if hold is not False]
+            self._change(there, _without)
             for claim in standing:
                 self._strike(claim)
 
-    def wanted(self, start: int, end: int) -> list[tuple[int, int, bool | None]]:
-        """Return the spans inside [start, end) with what holds there now."""
+    def spans(self, start: int, end: int) -> list[Span]:
+        """Return the spans that overlap [start, end), with their claims."""
         with self._locked():
-            return [
-                (max(span.start, start), min(span.end, end), span.wanted)
-                for span in self._overlapping(start, end)
-            ]
+            return self._overlapping(start, end)
 
     # ---- the process-wide switch ----
 
@@ -234,13 +233,10 @@ class Ledger:
                         advise(mapping.start, mapping.end, merge=False)
             _sys.set_memory_merge(False)
             self._remark()
-        claims = {claim for span in self._spans for claim in span.claims}
-        held = {claim: claim.hold() for claim in claims}
-        for claim in claims:
-            if not held[claim]:
-                self._strike(claim)
+        held = self._strike_gone(self._spans)
         for span in self._spans:
             self._apply(span)
+        del held
 
     def _foreign_marks(self) -> list[Range]:
         """Return what is marked now and is neither pyksm's memory nor in the ledger."""
@@ -257,7 +253,7 @@ class Ledger:
 
     # ---- spans ----
 
-    def _overlapping(self, start: int, end: int) -> list[_Span]:
+    def _overlapping(self, start: int, end: int) -> list[Span]:
         first = bisect_right(self._spans, start, key=lambda span: span.end)
         last = first
         while last < len(self._spans) and self._spans[last].start < end:
@@ -275,29 +271,27 @@ class Ledger:
                 for mapping in _inside(mappings, hole_start, hole_end):
                     piece = max(mapping.start, hole_start), min(mapping.end, hole_end)
                     found = _found(mapping.mergeable, by_process)
-                    insort(self._spans, _Span(*piece, found, ()), key=lambda span: span.start)
+                    insort(self._spans, Span(*piece, found, ()), key=lambda span: span.start)
 
     def _split(self, edge: int) -> None:
         index = bisect_right(self._spans, edge, key=lambda span: span.end)
         if index < len(self._spans) and self._spans[index].start < edge:
             span = self._spans[index]
-            self._spans.insert(index + 1, _Span(edge, span.end, span.found, span.claims))
+            self._spans.insert(index + 1, Span(edge, span.end, span.found, span.claims))
             span.end = edge
 
     def _change(
-        self, claims: list[Claim], change: Callable[[_Span, Claim], tuple[Claim, ...]]
+        self, claims: list[Claim], change: Callable[[Span, Claim], tuple[Claim, ...]]
     ) -> None:
         """Add or take claims, span by span; put all back if the kernel refuses one."""
-        done: list[tuple[_Span, tuple[Claim, ...]]] = []
+        done: list[tuple[Span, tuple[Claim, ...]]] = []
         try:
             for claim in claims:
                 for start, end in claim.ranges:
                     for span in self._overlapping(start, end):
-                        before = span.wanted
                         done.append((span, span.claims))
                         span.claims = change(span, claim)
-                        if span.wanted != before:
-                            self._apply(span)
+                        self._apply(span)
         except BaseException:
             for span, claims_before in reversed(done):
                 span.claims = claims_before
@@ -307,7 +301,7 @@ class Ledger:
         finally:
             self._forget_idle()
 
-    def _apply(self, span: _Span) -> None:
+    def _apply(self, span: Span) -> None:
         wanted = span.wanted
         advise(span.start, span.end, _process_wide() if wanted is None else wanted)
 
@@ -347,6 +341,15 @@ class Ledger:
         while self._orphans:
             self._strike(self._orphans.pop())
 
+    def _strike_gone(self, spans: list[Span]) -> list[memoryview | bool]:
+        """Strike the claims whose memory was closed or moved; hold that of the others."""
+        claims = {claim for span in spans for claim in span.claims}
+        held = {claim: claim.hold() for claim in claims}
+        for claim, hold in held.items():
+            if hold is False:
+                self._strike(claim)
+        return list(held.values())
+
     def _strike(self, claim: Claim) -> None:
         """Take a claim out of the book without a word to the kernel: its memory has gone."""
         for span in self._spans:
@@ -381,12 +384,19 @@ class Switch:
         self.kept = True
 
 
-def _with(span: _Span, claim: Claim) -> tuple[Claim, ...]:
-    """Add a claim; kept claims of the same owner can never hold again, so they go."""
-    return (*(c for c in span.claims if not (c.kept and c.same_owner(claim))), claim)
+def _with(span: Span, claim: Claim) -> tuple[Claim, ...]:
+    """Add a claim; one that was kept can never hold again below a later kept one, so it goes."""
+    claims = [
+        older
+        for index, older in enumerate(span.claims)
+        if not (
+            older.kept and any(c.kept and c.same_owner(older) for c in span.claims[index + 1 :])
+        )
+    ]
+    return (*claims, claim)
 
 
-def _without(span: _Span, claim: Claim) -> tuple[Claim, ...]:
+def _without(span: Span, claim: Claim) -> tuple[Claim, ...]:
     return tuple(other for other in span.claims if other is not claim)
 
 
