@@ -98,8 +98,10 @@ class Process:
 
         ``align_heap=True`` also fixes glibc's M_MMAP_THRESHOLD at 64 KiB, so that large blocks of
         every library start at the same offset in a page; without it the arrays of a process that
-        has run for a while do not merge. It has a price for programs with many short-lived large
-        blocks (``benchmarks/test_align_heap.py``) and is not undone: glibc cannot tell what was.
+        has run for a while do not merge. Ask for it early: free blocks that the heap already has
+        are still handed out as they lie. It has a price for programs with many short-lived large
+        blocks (``benchmarks/test_align_heap.py``), and it is not undone: glibc cannot tell what
+        its threshold was.
 
         Raises NotSupported before Linux 6.4 or without KSM (EINVAL), with ``align_heap`` where
         the C library is not glibc, and for another process.

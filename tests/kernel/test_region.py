@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyksm
 import pytest
+from support import Ksmd, mappings, smaps_kb, spawn, vm_flags, wait_until
+
+import pyksm
 from pyksm import NotSupported, Region
 from pyksm.verbs import merge, unmerge
-from support import Ksmd, mappings, smaps_kb, spawn, vm_flags, wait_until
 
 PAGE = mmap.PAGESIZE
 
@@ -362,7 +363,8 @@ def test_a_refusal_in_the_middle_changes_nothing() -> None:
         import pyksm
         from pyksm.verbs import merge
 
-        limit = int(open("/proc/sys/vm/max_map_count").read())
+        with open("/proc/sys/vm/max_map_count") as file:
+            limit = int(file.read())
         memory = mmap.mmap(-1, 2 * limit * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         view = memoryview(memory)
         pages = [pyksm.Region(view[i * 4096 : (i + 1) * 4096]) for i in range(0, 2 * limit, 2)]
