@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
 from support import (
     HostLock,
     Ksmd,
@@ -141,6 +142,7 @@ def _doctest_names(request: pytest.FixtureRequest) -> None:
     """Give doctests ``pyksm`` and ``np``."""
     if isinstance(request.node, pytest.DoctestItem):
         import numpy as np
+
         import pyksm
 
         namespace = request.getfixturevalue("doctest_namespace")

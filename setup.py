@@ -16,8 +16,8 @@ except ImportError as error:  # only when built without isolation
 
 # One wheel serves every GIL-ful CPython from 3.11 on (the first stable ABI with buffers);
 # free-threaded builds have no stable ABI yet (PEP 803 is for 3.15).
-STABLE_ABI = (
-    sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+STABLE_ABI = sys.implementation.name == "cpython" and not sysconfig.get_config_var(
+    "Py_GIL_DISABLED"
 )
 ABI_MACROS = [("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else []
 
@@ -43,8 +43,10 @@ extensions = [
         sources=["src/pyksm/_arena.c"],
         depends=["src/pyksm/_arena.h"],
         include_dirs=[numpy.get_include()],
-        macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
-                ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION")],
+        macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+            ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),
+        ],
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""What the tests and benchmarks share: probes, waiting, child processes, an independent smaps reader.
+"""What tests and benchmarks share: probes, waiting, child processes, a second smaps reader.
 
 Nothing here imports pyksm, so that a check made with it is a second opinion and not an echo.
 Import it as ``from support import wait_until``; the fixtures are in the ``conftest.py`` of the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import errno
 import fcntl
 import functools
 import inspect
@@ -529,6 +528,6 @@ def spawn(
             child.kill()
 
 
-def libc_errno(error: OSError) -> str:
-    """Return the symbolic name of an error, for messages and assertions."""
-    return errno.errorcode.get(error.errno or 0, str(error.errno))
+def rounds(usual: int, campaign: int) -> int:
+    """Return how often a slow test repeats: more under ``make campaign``."""
+    return campaign if os.environ.get("PYKSM_CAMPAIGN") == "1" else usual

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support import (
     HostLock,
     Ksmd,
@@ -111,8 +112,9 @@ def test_a_test_that_leaves_a_knob_fails_and_is_cleaned_up(
     shutil.copy(root / "conftest.py", tmp_path)
     (tmp_path / "test_inner.py").write_text(INNER)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + ["-c", root / "pyproject.toml", "--rootdir", tmp_path, tmp_path],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c"]
+        + [root / "pyproject.toml", "--rootdir", tmp_path, tmp_path],
+        check=False,
         capture_output=True,
         text=True,
         env=os.environ | {"PYKSM_KERNEL_TESTS": "1"},
