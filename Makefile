@@ -64,7 +64,7 @@ campaign: build $(VENV)/.group-test  ## the slow tests at full length (many roun
 lint: build $(VENV)/.group-lint  ## ruff and cython-lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/cython-lint $(CYTHON)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint $(CYTHON)  # it calls pycodestyle by name
 
 format: $(VENV)/.group-lint  ## let ruff lay the Python out
 	$(PY) -m ruff check --fix .

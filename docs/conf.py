@@ -48,11 +48,9 @@ nitpick_ignore_regex = [
     (r"py:.*", r"pyksm\.(result|settle|marks|frames|smaps|lease)\..*"),
 ]
 # Types that annotations name but __all__ does not; and what docstrings mention before it is built.
-PLANNED = "Buffer Host Progress SettleResult Skipped allocator copy doctor empty estimate load settle"
+PLANNED = "Buffer Host Progress SettleResult allocator copy doctor empty estimate load settle"
 nitpick_ignore_regex += [
-    (r"py:.*", rf"(pyksm\.)?{name}(\..*)?")
-    for name in PLANNED.split()
-    if name not in pyksm.__all__
+    (r"py:.*", rf"(pyksm\.)?{name}(\..*)?") for name in PLANNED.split() if name not in pyksm.__all__
 ]
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

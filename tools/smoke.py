@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 import platform
 import sys
@@ -24,4 +25,5 @@ if hasattr(pyksm, "Buffer"):
         view[:5] = b"pyksm"
 
 gil = "free-threaded " if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
-print(f"pyksm {pyksm.__version__} works on {gil}{platform.python_version()} ({sys.executable})")
+version = importlib.metadata.version("pyksm")
+print(f"pyksm {version} works on {gil}{platform.python_version()} ({sys.executable})")

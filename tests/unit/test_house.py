@@ -20,7 +20,7 @@ FLOORS = {
     1: ["_sys", "_pages", "_buffer", "_numpy", "_inject"],
     2: ["undo", "smaps", "frames", "lease", "marks", "region", "process", "host", "arrays"]
     + ["allocator"],
-    3: ["estimate", "settle", "doctor", "rules"],
+    3: ["estimate", "settle", "verbs", "doctor", "rules"],
     4: ["daemon"],
     5: ["cli", "contrib", "__main__"],
 }
@@ -54,6 +54,8 @@ SAME_FLOOR = {
     ("allocator", "marks"),
     ("doctor", "estimate"),
     ("settle", "estimate"),
+    ("verbs", "settle"),
+    ("verbs", "estimate"),
     ("__main__", "cli"),
 }
 """Who leans on whom within a floor; the pairs must form no circle."""
