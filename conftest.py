@@ -9,11 +9,11 @@ it. ``PYKSM_KERNEL_TESTS`` unset runs what can run, ``1`` makes a missing prereq
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-
 from support import (
     HostLock,
     Ksmd,
@@ -139,14 +139,14 @@ def ksmd(_ksm_as_it_was: None) -> Iterator[Ksmd]:
 
 @pytest.fixture(autouse=True)
 def _doctest_names(request: pytest.FixtureRequest) -> None:
-    """Give doctests ``pyksm`` and ``np``."""
+    """Give doctests ``pyksm``, ``np`` and ``os``."""
     if isinstance(request.node, pytest.DoctestItem):
         import numpy as np
 
         import pyksm
 
         namespace = request.getfixturevalue("doctest_namespace")
-        namespace.update(pyksm=pyksm, np=np)
+        namespace.update(pyksm=pyksm, np=np, os=os)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "pyksm"
 FLOORS = {
     0: ["errors", "result", "_linux"],
     1: ["_sys", "_pages", "_buffer", "_numpy", "_inject"],
-    2: ["undo", "smaps", "frames", "lease", "marks", "region", "process", "host", "arrays"]
+    2: ["undo", "smaps", "frames", "knobs", "lease", "marks", "region", "process", "host", "arrays"]
     + ["allocator"],
     3: ["estimate", "settle", "verbs", "doctor", "rules"],
     4: ["daemon"],
@@ -34,6 +34,7 @@ SAME_FLOOR = {
     ("_inject", "_sys"),
     ("frames", "smaps"),
     ("lease", "undo"),
+    ("lease", "knobs"),
     ("marks", "undo"),
     ("marks", "smaps"),
     ("process", "undo"),
@@ -47,11 +48,13 @@ SAME_FLOOR = {
     ("region", "process"),
     ("host", "undo"),
     ("host", "lease"),
+    ("host", "knobs"),
     ("arrays", "undo"),
     ("arrays", "marks"),
     ("arrays", "region"),
     ("allocator", "undo"),
     ("allocator", "marks"),
+    ("allocator", "smaps"),
     ("doctor", "estimate"),
     ("settle", "estimate"),
     ("verbs", "settle"),
