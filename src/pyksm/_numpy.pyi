@@ -1,6 +1,8 @@
-from typing import TypedDict
+from typing import Final, TypedDict
 
 from typing_extensions import CapsuleType
+
+NOTHING: Final[int]
 
 class Counters(TypedDict):
     live_arrays: int

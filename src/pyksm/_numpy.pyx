@@ -121,6 +121,7 @@ def set_current(handler):
 
 
 cdef bint wrapped = False
+NOTHING = <size_t> -1  # for set_everywhere
 
 
 def wrap_default():
