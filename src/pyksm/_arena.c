@@ -23,7 +23,6 @@
 #include "_arena.h"
 
 #include <errno.h>
-#include <malloc.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -496,6 +495,17 @@ static void drop_cached(unsigned index, doomed *dead)
     doom(dead, m);
 }
 
+/* The pages from here on are as new: to be touched through huge pages again. */
+static void lower_top(mapping *slab, uint32_t page)
+{
+    size_t small = round_up((size_t)page << page_shift, HUGE_BYTES);
+    slab->top = page;
+    if (slab->small > small) {
+        madvise(slab->base + small, slab->small - small, MADV_HUGEPAGE);
+        slab->small = small;
+    }
+}
+
 /* Give back the memory of the longest free run; returns how much that was. */
 static size_t purge_run(doomed *dead)
 {
@@ -511,10 +521,14 @@ static size_t purge_run(doomed *dead)
     }
     pull_run(slab, page);
     size_t touched = (size_t)below_top(slab, page, pages) << page_shift;
-    int rc = madvise(slab->base + ((size_t)page << page_shift), touched, MADV_DONTNEED);
-    /* EINVAL: mlocked; it stays dirty */
-    put_run(slab, page, pages, rc ? dirty : 0);
-    return rc ? 0 : (size_t)dirty << page_shift;
+    if (madvise(slab->base + ((size_t)page << page_shift), touched, MADV_DONTNEED)) {
+        put_run(slab, page, pages, dirty); /* EINVAL: mlocked; it stays as it is */
+        return 0;
+    }
+    if (page + pages >= slab->top)
+        lower_top(slab, page);
+    put_run(slab, page, pages, 0);
+    return (size_t)dirty << page_shift;
 }
 
 static void keep_within_budget(doomed *dead)
@@ -770,119 +784,108 @@ static void *arena_resize(void *pointer, size_t nbytes, int stays, size_t *have)
     return stays && nbytes > RUN_BYTES ? big_resize(m, nbytes) : NULL;
 }
 
-/* ---------------------------------------------------------------------- the handler */
+/* ---------------------------------------------------------------------- the handlers */
 
-void *arena_malloc(void *ctx, size_t nbytes)
+/* What serves small requests: numpy's default functions as they were before any wrapping. They
+   keep a cache of small blocks, which the C library alone would not match. */
+static arena_functions fallback;
+
+static void *malloc_from(size_t min_bytes, size_t nbytes)
 {
-    if (nbytes < ((arena_policy *)ctx)->min_bytes)
-        return malloc(nbytes ? nbytes : 1);
-    return arena_alloc(nbytes, 0);
+    return nbytes < min_bytes ? fallback.malloc(fallback.ctx, nbytes) : arena_alloc(nbytes, 0);
 }
 
-void *arena_calloc(void *ctx, size_t count, size_t size)
+static void *calloc_from(size_t min_bytes, size_t count, size_t size)
 {
     size_t nbytes;
     if (__builtin_mul_overflow(count, size, &nbytes))
         return NULL;
-    if (nbytes < ((arena_policy *)ctx)->min_bytes)
-        return nbytes ? calloc(count, size) : calloc(1, 1);
+    if (nbytes < min_bytes)
+        return fallback.calloc(fallback.ctx, count, size);
     return arena_alloc(nbytes, 1);
 }
 
-void arena_free(void *ctx, void *pointer, size_t nbytes)
-{
-    (void)ctx;
-    (void)nbytes; /* numpy's own tests show that it is not always right */
-    if (!arena_release(pointer))
-        free(pointer);
-}
-
-void *arena_realloc(void *ctx, void *pointer, size_t nbytes)
+static void *realloc_from(size_t min_bytes, void *pointer, size_t nbytes)
 {
     if (!pointer)
-        return arena_malloc(ctx, nbytes);
-    int large = nbytes >= ((arena_policy *)ctx)->min_bytes;
-    size_t have;
-    void *moved = arena_resize(pointer, nbytes, large, &have);
-    if (moved)
-        return moved;
-    if (!have) {
-        if (!large)
-            return realloc(pointer, nbytes ? nbytes : 1);
-        have = malloc_usable_size(pointer);
-    }
-    moved = arena_malloc(ctx, nbytes);
-    if (!moved)
-        return NULL;
-    memcpy(moved, pointer, have < nbytes ? have : nbytes);
-    arena_free(ctx, pointer, nbytes);
-    return moved;
-}
-
-/* ---------------------------------------------------------------------- everywhere */
-
-static arena_functions wrapped; /* what the functions below pass on to */
-static size_t everywhere_min = SIZE_MAX;
-
-static int taken_over(size_t nbytes)
-{
-    return nbytes >= __atomic_load_n(&everywhere_min, __ATOMIC_RELAXED);
-}
-
-static void *everywhere_malloc(void *ctx, size_t nbytes)
-{
-    return taken_over(nbytes) ? arena_alloc(nbytes, 0) : wrapped.malloc(ctx, nbytes);
-}
-
-static void *everywhere_calloc(void *ctx, size_t count, size_t size)
-{
-    size_t nbytes;
-    if (!__builtin_mul_overflow(count, size, &nbytes) && taken_over(nbytes))
-        return arena_alloc(nbytes, 1);
-    return wrapped.calloc(ctx, count, size);
-}
-
-static void everywhere_free(void *ctx, void *pointer, size_t nbytes)
-{
-    if (!arena_release(pointer))
-        wrapped.free(ctx, pointer, nbytes);
-}
-
-static void *everywhere_realloc(void *ctx, void *pointer, size_t nbytes)
-{
-    if (!pointer)
-        return everywhere_malloc(ctx, nbytes);
-    int large = taken_over(nbytes);
+        return malloc_from(min_bytes, nbytes);
+    int large = nbytes >= min_bytes;
     size_t have;
     void *moved = arena_resize(pointer, nbytes, large, &have);
     if (moved)
         return moved;
     if (have) { /* from the arena */
-        moved = everywhere_malloc(ctx, nbytes);
+        moved = malloc_from(min_bytes, nbytes);
         if (moved) {
             memcpy(moved, pointer, have < nbytes ? have : nbytes);
             arena_release(pointer);
         }
         return moved;
     }
-    /* only the owner knows how long the old block is, so let it make the block long enough */
-    pointer = wrapped.realloc(ctx, pointer, nbytes);
+    /* only its owner knows how long the old block is, so let the owner make it long enough */
+    pointer = fallback.realloc(fallback.ctx, pointer, nbytes);
     if (!pointer || !large)
         return pointer;
     moved = arena_alloc(nbytes, 0);
     if (!moved)
         return pointer;
     memcpy(moved, pointer, nbytes);
-    wrapped.free(ctx, pointer, nbytes);
+    fallback.free(fallback.ctx, pointer, nbytes);
     return moved;
 }
+
+void arena_free(void *ctx, void *pointer, size_t nbytes)
+{
+    (void)ctx;
+    if (!arena_release(pointer))
+        fallback.free(fallback.ctx, pointer, nbytes);
+}
+
+static size_t policy_of(void *ctx) { return ((arena_policy *)ctx)->min_bytes; }
+
+void *arena_malloc(void *ctx, size_t nbytes) { return malloc_from(policy_of(ctx), nbytes); }
+
+void *arena_calloc(void *ctx, size_t count, size_t size)
+{
+    return calloc_from(policy_of(ctx), count, size);
+}
+
+void *arena_realloc(void *ctx, void *pointer, size_t nbytes)
+{
+    return realloc_from(policy_of(ctx), pointer, nbytes);
+}
+
+/* numpy's default handler, wrapped: the same with a policy for the whole process */
+
+static size_t everywhere_min = SIZE_MAX;
+
+static size_t everywhere(void) { return __atomic_load_n(&everywhere_min, __ATOMIC_RELAXED); }
+
+static void *everywhere_malloc(void *ctx, size_t nbytes)
+{
+    (void)ctx;
+    return malloc_from(everywhere(), nbytes);
+}
+
+static void *everywhere_calloc(void *ctx, size_t count, size_t size)
+{
+    (void)ctx;
+    return calloc_from(everywhere(), count, size);
+}
+
+static void *everywhere_realloc(void *ctx, void *pointer, size_t nbytes)
+{
+    (void)ctx;
+    return realloc_from(everywhere(), pointer, nbytes);
+}
+
+void arena_fallback(const arena_functions *functions) { fallback = *functions; }
 
 void arena_wrap(arena_functions *functions)
 {
     pthread_once(&started, start);
-    wrapped = *functions;
     /* what frees goes in first: no pointer of ours may ever meet an unwrapped free */
-    __atomic_store_n(&functions->free, everywhere_free, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&functions->free, arena_free, __ATOMIC_SEQ_CST);
     __atomic_store_n(&functions->realloc, everywhere_realloc, __ATOMIC_SEQ_CST);
     __atomic_store_n(&functions->malloc, everywhere_malloc, __ATOMIC_SEQ_CST);
     __atomic_store_n(&functions->calloc, everywhere_calloc, __ATOMIC_SEQ_CST);

@@ -6,19 +6,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* What a NEP 49 handler carries in its ctx: requests below min_bytes go to the C library. */
+/* What a NEP 49 handler carries in its ctx: smaller requests go to the fallback. */
 typedef struct {
     size_t min_bytes;
 } arena_policy;
 
-/* The four functions of a numpy handler; ctx is an arena_policy. Each may be called from any
-   thread, with or without the GIL. Freeing and reallocating look at the pointer alone. */
-void *arena_malloc(void *ctx, size_t nbytes);
-void *arena_calloc(void *ctx, size_t count, size_t size);
-void *arena_realloc(void *ctx, void *pointer, size_t nbytes);
-void arena_free(void *ctx, void *pointer, size_t nbytes);
-
-/* The four functions of somebody else's handler (numpy's default one), same signatures. */
+/* The functions of a data handler, laid out as numpy's PyDataMemAllocator. */
 typedef struct {
     void *ctx;
     void *(*malloc)(void *ctx, size_t nbytes);
@@ -26,6 +19,16 @@ typedef struct {
     void *(*realloc)(void *ctx, void *pointer, size_t nbytes);
     void (*free)(void *ctx, void *pointer, size_t nbytes);
 } arena_functions;
+
+/* Ours; ctx is an arena_policy. Each may be called from any thread. What is freed or resized is
+   told by the pointer: the size numpy passes on is only handed to the fallback. */
+void *arena_malloc(void *ctx, size_t nbytes);
+void *arena_calloc(void *ctx, size_t count, size_t size);
+void *arena_realloc(void *ctx, void *pointer, size_t nbytes);
+void arena_free(void *ctx, void *pointer, size_t nbytes);
+
+/* Say, before anything else, what serves small requests: numpy's own functions. */
+void arena_fallback(const arena_functions *functions);
 
 /* Wrap the functions in place. They stay wrapped for ever, because arrays of the arena may be
    alive until the process ends; arena_everywhere_min() says what the arena takes over: requests

@@ -34,6 +34,7 @@ cdef extern from "_arena.h":
     void *arena_calloc(void *ctx, size_t count, size_t size) noexcept nogil
     void *arena_realloc(void *ctx, void *pointer, size_t nbytes) noexcept nogil
     void arena_free(void *ctx, void *pointer, size_t nbytes) noexcept nogil
+    void arena_fallback(const arena_functions *functions) noexcept nogil
     void arena_wrap(arena_functions *functions) noexcept nogil
     void arena_everywhere_min(size_t min_bytes) noexcept nogil
     int arena_first_slab(uintptr_t *address, size_t *nbytes) noexcept nogil
@@ -120,18 +121,19 @@ def set_current(handler):
     return PyDataMem_SetHandler(handler)
 
 
+cdef PyDataMem_Handler *default = <PyDataMem_Handler *> PyCapsule_GetPointer(
+    <object> PyDataMem_DefaultHandler, CAPSULE)
 cdef bint wrapped = False
 NOTHING = <size_t> -1  # for set_everywhere
+
+arena_fallback(<arena_functions *> &default.allocator)
 
 
 def wrap_default():
     """Wrap numpy's default handler, once and for ever; False where that cannot be done."""
     global wrapped
-    cdef PyDataMem_Handler *default
     if wrapped:
         return True
-    default = <PyDataMem_Handler *> PyCapsule_GetPointer(
-        <object> PyDataMem_DefaultHandler, CAPSULE)
     if default.version != 1 or strcmp(default.name, b"default_allocator") != 0:
         return False
     if not writable(&default.allocator, sizeof(PyDataMemAllocator)):
