@@ -700,7 +700,7 @@ static void *run_alloc(size_t nbytes, int zeroed)
     return pointer;
 }
 
-static void *arena_alloc(size_t nbytes, int zeroed)
+static __attribute__((noinline)) void *arena_alloc(size_t nbytes, int zeroed)
 {
     pthread_once(&started, start);
     if (nbytes > PTRDIFF_MAX - SLAB_BYTES)
@@ -718,11 +718,12 @@ static uint32_t page_in(const mapping *slab, const char *pointer)
     return (uint32_t)((size_t)(pointer - slab->base) >> page_shift);
 }
 
-/* Free a pointer if it is ours; 0 if it is not. */
-static int arena_release(void *pointer)
+/* No page is smaller than this: a pointer with any of these bits is not ours, without a lookup. */
+#define OFF_PAGE 4095
+
+/* Free a page-aligned pointer if it is ours; 0 if it is not. */
+static __attribute__((noinline)) int arena_release(void *pointer)
 {
-    if ((uintptr_t)pointer & (page_bytes - 1) || !pointer)
-        return 0;
     doomed dead = {NULL};
     lock_arena();
     mapping *m = mapping_of(pointer);
@@ -763,7 +764,7 @@ static int run_resize(mapping *slab, uint32_t page, uint32_t want)
 static void *arena_resize(void *pointer, size_t nbytes, int stays, size_t *have)
 {
     *have = 0;
-    if ((uintptr_t)pointer & (page_bytes - 1))
+    if ((uintptr_t)pointer & OFF_PAGE)
         return NULL;
     lock_arena();
     mapping *m = mapping_of(pointer);
@@ -788,11 +789,13 @@ static void *arena_resize(void *pointer, size_t nbytes, int stays, size_t *have)
 
 /* What serves small requests: numpy's default functions as they were before any wrapping. They
    keep a cache of small blocks, which the C library alone would not match. */
-static arena_functions fallback;
+static arena_functions fallback __attribute__((aligned(64))); /* one cache line */
 
 static void *malloc_from(size_t min_bytes, size_t nbytes)
 {
-    return nbytes < min_bytes ? fallback.malloc(fallback.ctx, nbytes) : arena_alloc(nbytes, 0);
+    if (__builtin_expect(nbytes < min_bytes, 1))
+        return fallback.malloc(fallback.ctx, nbytes);
+    return arena_alloc(nbytes, 0);
 }
 
 static void *calloc_from(size_t min_bytes, size_t count, size_t size)
@@ -837,7 +840,7 @@ static void *realloc_from(size_t min_bytes, void *pointer, size_t nbytes)
 void arena_free(void *ctx, void *pointer, size_t nbytes)
 {
     (void)ctx;
-    if (!arena_release(pointer))
+    if (__builtin_expect((uintptr_t)pointer & OFF_PAGE, 1) || !arena_release(pointer))
         fallback.free(fallback.ctx, pointer, nbytes);
 }
 

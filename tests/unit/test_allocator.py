@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import errno
 import gc
+import importlib
 import random
 import subprocess
 import sys
@@ -27,9 +28,9 @@ from support import capabilities, kernel_tests, rollup_kb, vm_flags
 
 import pyksm
 from pyksm import _numpy, _sys
-from pyksm import allocator as room
 from pyksm.allocator import allocator
 
+room = importlib.import_module("pyksm.allocator")  # pyksm.allocator is the function
 PAGE = _sys.PAGE_SIZE
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [1, 100, 4096, 65535, 65536, 65537, 200 * KIB, MIB, 5 * MIB, 8 * MIB, 8 * MIB + 1, 33 * MIB]
@@ -308,8 +309,9 @@ def test_what_cannot_be_had_is_a_memory_error(handler_as_it_was: None) -> None:
 
 def test_at_the_address_space_limit_it_fails_and_recovers() -> None:
     run_python("""
-        import resource, numpy as np, pyksm.allocator
-        with pyksm.allocator.allocator():
+        import resource, numpy as np
+        from pyksm.allocator import allocator
+        with allocator():
             np.ones(1 << 20)
             with open("/proc/self/statm") as statm:
                 used = int(statm.read().split()[0]) * 4096
