@@ -119,6 +119,7 @@ class Span:
 
     @property
     def wanted(self) -> bool | None:
+        """What holds: the newest claim, or what was found."""
         return self.claims[-1].want if self.claims else self.found
 
 

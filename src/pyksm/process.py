@@ -13,6 +13,7 @@ from typing import SupportsIndex
 from pyksm import _sys
 from pyksm.errors import NotSupported
 from pyksm.frames import fork_sharing, frame_files, frames_readable, survey
+from pyksm.host import Host
 from pyksm.marks import ledger
 from pyksm.result import Result
 from pyksm.settle import Progress, Scope, SettleResult, Unmerged, explain, settle
@@ -223,7 +224,7 @@ class Process:
         progress: Progress | None = None,
     ) -> SettleResult:
         """Make merging happen now; return when it has (see :func:`pyksm.settle`)."""
-        return settle([self], timeout=timeout, cpu=cpu, progress=progress)
+        return settle([self], Host(), timeout=timeout, cpu=cpu, progress=progress)
 
     # ---- files ----
 

@@ -13,6 +13,7 @@ from typing import Any
 from pyksm import _sys
 from pyksm.errors import NotSupported
 from pyksm.frames import fork_sharing, frame_files, survey
+from pyksm.host import Host
 from pyksm.marks import Piece, ledger
 from pyksm.process import RMAP_ITEM, Process
 from pyksm.result import Result, human_bytes
@@ -166,7 +167,7 @@ class Region:
         progress: Progress | None = None,
     ) -> SettleResult:
         """Make merging of these pages happen now; return when it has (see :func:`pyksm.settle`)."""
-        return settle([self], timeout=timeout, cpu=cpu, progress=progress)
+        return settle([self], Host(), timeout=timeout, cpu=cpu, progress=progress)
 
     @property
     def _end(self) -> int:

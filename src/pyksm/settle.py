@@ -8,22 +8,18 @@ ninth lap, in which two late duplicates may never meet (should_skip_rmap_item).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from pyksm.host import Host
-    from pyksm.undo import Undo
+from typing import Protocol
 
 from pyksm.errors import NotSupported
 from pyksm.result import Result
+from pyksm.undo import Undo
 
-__all__ = ["Progress", "SettleResult", "Target", "Unmerged", "settle", "settle_async"]
+__all__ = ["Progress", "SettleResult", "Target", "Unmerged", "explain", "settle"]
 
 Progress = Callable[[float, float], None]
 """Called with the fraction done (0 to 1) and the rate so far, in bytes merged a second."""
@@ -55,6 +51,43 @@ class Target(Protocol):
 
     def stats(self) -> Saving:
         """Tell what merging saves."""
+
+
+class Scanner(Protocol):
+    """What settle needs of :class:`pyksm.Host`, which settles too and so imports this room."""
+
+    @property
+    def running(self) -> bool:
+        """Whether ksmd scans."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process may change knobs."""
+
+    def counters(self) -> Laps:
+        """Read the counters."""
+
+    def tune(self, **knobs: int | str) -> Undo:
+        """Set knobs until undone."""
+
+    def ksmd_cpu_seconds(self) -> float | None:
+        """Return ksmd's CPU time."""
+
+
+class Laps(Protocol):
+    """The counters and knobs that settle looks at."""
+
+    @property
+    def full_scans(self) -> int | None:
+        """Laps ended."""
+
+    @property
+    def smart_scan(self) -> int | None:
+        """None before Linux 6.7."""
+
+    @property
+    def advisor_mode(self) -> str | None:
+        """None before Linux 6.8."""
 
 
 class Saving(Protocol):
@@ -137,69 +170,22 @@ class Convergence:
 
 def settle(
     targets: Iterable[Target],
+    host: Scanner,
     *,
     timeout: float | None = None,
     cpu: float = 1.0,
     progress: Progress | None = None,
-    host: Host | None = None,
     stop: threading.Event | None = None,
 ) -> SettleResult:
-    """Make merging of the targets happen now; return when it has.
-
-    Raises ksmd's speed within ``cpu`` (a share of one core, 0 to 1), switches ``smart_scan`` off
-    meanwhile, watches live figures and returns within a lap of the last merge; every knob is back
-    then. ``timeout`` is in seconds; running out of it is a result (``converged`` is False), not an
-    error. ``progress`` is called now and then with the fraction done and bytes merged a second.
-    ``stop`` ends it early, as a timeout does.
-
-    Without the right to write /sys/kernel/mm/ksm it waits at the host's own pace, if ksmd runs;
-    NotSupported if it does not. Raises ValueError for a cpu share or timeout out of range.
-    """
+    """Make merging of the targets happen now; :func:`pyksm.settle` is this for any objects."""
     targets = list(targets)
     if not targets:
         raise ValueError("nothing to settle: expected at least one region, process or host")
     _validate(timeout, cpu)
-    host = _this_host() if host is None else host
     run = _Run(host, targets, timeout, progress, stop)
     with _burst(host, cpu) as steer:
         run.wait(steer)
     return run.result(burst=steer is not None)
-
-
-async def settle_async(
-    targets: Iterable[Target],
-    *,
-    timeout: float | None = None,
-    cpu: float = 1.0,
-    progress: Progress | None = None,
-    host: Host | None = None,
-) -> SettleResult:
-    """Settle without blocking the event loop; cancelling puts the knobs back before it returns."""
-    stop = threading.Event()
-    work = asyncio.ensure_future(
-        asyncio.to_thread(
-            settle,
-            list(targets),
-            timeout=timeout,
-            cpu=cpu,
-            progress=progress,
-            host=host,
-            stop=stop,
-        )
-    )
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        stop.set()
-        with contextlib.suppress(Exception):
-            await work
-        raise
-
-
-def _this_host() -> Host:
-    from pyksm.host import Host  # Host settles too, so it imports this room
-
-    return Host()
 
 
 def _validate(timeout: float | None, cpu: float) -> None:
@@ -220,7 +206,7 @@ class _Run:
 
     def __init__(
         self,
-        host: Host,
+        host: Scanner,
         targets: list[Target],
         timeout: float | None,
         progress: Progress | None,
@@ -287,7 +273,9 @@ class _Run:
     def result(self, *, burst: bool) -> SettleResult:
         seconds = time.monotonic() - self.started
         cpu_after = self.host.ksmd_cpu_seconds()
-        known = self.cpu_before is not None and cpu_after is not None
+        cpu = None
+        if self.cpu_before is not None and cpu_after is not None:
+            cpu = cpu_after - self.cpu_before
         scope = self.look()
         if self.progress is not None and self.converged:
             self.progress(1.0, max(0, scope.merged - self.before.merged) / seconds)
@@ -298,7 +286,7 @@ class _Run:
             saved_bytes=_saved(self.targets),
             seconds=seconds,
             laps=self.laps,
-            ksmd_cpu_seconds=cpu_after - self.cpu_before if known else None,
+            ksmd_cpu_seconds=cpu,
             unmerged=tuple(item for target in self.targets for item in target.unmerged()),
             burst=burst,
         )
@@ -320,7 +308,7 @@ Steer = Callable[[], None]
 
 
 @contextlib.contextmanager
-def _burst(host: Host, cpu: float) -> Iterator[Steer | None]:
+def _burst(host: Scanner, cpu: float) -> Iterator[Steer | None]:
     """Speed ksmd up for the body; yields what holds it at its CPU share, None without the right."""
     if not host.writable:
         if not host.running:
@@ -340,7 +328,7 @@ def _burst(host: Host, cpu: float) -> Iterator[Steer | None]:
 class _Throttle:
     """Hold ksmd at a share of one core by the size of its batches, measured as it goes."""
 
-    def __init__(self, host: Host, cpu: float) -> None:
+    def __init__(self, host: Scanner, cpu: float) -> None:
         self.host = host
         self.cpu = cpu
         self.pages = BURST_PAGES if cpu == 1 else max(1, round(BURST_PAGES * cpu))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
@@ -13,7 +15,6 @@ from pyksm.region import Region, ask
 from pyksm.result import Skipped
 from pyksm.settle import Progress, SettleResult
 from pyksm.settle import settle as settle_targets
-from pyksm.settle import settle_async as settle_targets_async
 from pyksm.undo import Undo
 
 __all__ = ["merge", "settle", "settle_async", "unmerge"]
@@ -66,9 +67,8 @@ def settle(
     Without the right to write /sys/kernel/mm/ksm it waits at the host's own pace, if ksmd runs;
     NotSupported if it does not. Raises ValueError for a cpu share or timeout out of range.
     """
-    return settle_targets(
-        _nouns(obj), timeout=timeout, cpu=cpu, progress=progress, host=host, stop=stop
-    )
+    host = Host() if host is None else host
+    return settle_targets(_nouns(obj), host, timeout=timeout, cpu=cpu, progress=progress, stop=stop)
 
 
 async def settle_async(
@@ -80,9 +80,19 @@ async def settle_async(
     host: Host | None = None,
 ) -> SettleResult:
     """Settle without blocking the event loop; cancelling puts the knobs back before it returns."""
-    return await settle_targets_async(
-        _nouns(obj), timeout=timeout, cpu=cpu, progress=progress, host=host
+    stop = threading.Event()
+    work = asyncio.ensure_future(
+        asyncio.to_thread(
+            settle, obj, timeout=timeout, cpu=cpu, progress=progress, host=host, stop=stop
+        )
     )
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
+        with contextlib.suppress(Exception):
+            await work
+        raise
 
 
 def _nouns(obj: object) -> list[Noun]:

@@ -19,8 +19,8 @@ FLOORS = {
     0: ["errors", "result", "_linux"],
     1: ["_sys", "_pages", "_buffer", "_numpy", "_inject"],
     2: ["undo", "smaps", "frames", "knobs", "lease", "marks", "region", "process", "host", "arrays"]
-    + ["allocator"],
-    3: ["estimate", "settle", "verbs", "doctor", "rules"],
+    + ["allocator", "settle", "copying", "loading"],
+    3: ["estimate", "verbs", "doctor", "rules"],
     4: ["daemon"],
     5: ["cli", "contrib", "__main__"],
 }
@@ -46,6 +46,12 @@ SAME_FLOOR = {
     ("region", "frames"),
     ("region", "marks"),
     ("region", "process"),
+    ("region", "host"),
+    ("region", "settle"),
+    ("process", "host"),
+    ("process", "settle"),
+    ("host", "settle"),
+    ("settle", "undo"),
     ("host", "undo"),
     ("host", "lease"),
     ("host", "knobs"),
@@ -56,8 +62,6 @@ SAME_FLOOR = {
     ("allocator", "marks"),
     ("allocator", "smaps"),
     ("doctor", "estimate"),
-    ("settle", "estimate"),
-    ("verbs", "settle"),
     ("verbs", "estimate"),
     ("__main__", "cli"),
 }
