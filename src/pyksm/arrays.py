@@ -10,18 +10,21 @@ them never share one. For many small arrays use ``pyksm.allocator()``, or let nu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 from pyksm._buffer import Buffer
+from pyksm._sys import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Literal, SupportsIndex, TypeAlias
 
     import numpy as np
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+    Allocator: TypeAlias = Callable[[int], "Buffer | memoryview"]
     Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
     Order: TypeAlias = Literal["C", "F"]
     LikeOrder: TypeAlias = Literal["C", "F", "A", "K"]
@@ -38,6 +41,10 @@ __all__ = [
     "zeros_like",
 ]
 
+_SLAB = 1 << 20
+_OWN_MAPPING = 1 << 16
+"""From here on an array has a mapping to itself; below it shares a slab."""
+
 
 def empty(
     shape: Shape, dtype: DTypeLike = float, order: Order = "C", *, missing_ok: bool = False
@@ -50,7 +57,7 @@ def empty(
     ``array``, ``copy`` and ``load`` have done that when they return).
 
     >>> import pyksm
-    >>> weights = pyksm.empty((1000, 300), "f4", missing_ok=True)
+    >>> weights = pyksm.empty((1000, 300), "f4")
     >>> weights.shape, weights.ctypes.data % 4096
     ((1000, 300), 0)
 
@@ -58,7 +65,7 @@ def empty(
     (their bytes are addresses, equal in no two processes), and what :class:`pyksm.Buffer` raises:
     ``MemoryError``, and ``NotSupported`` without KSM unless ``missing_ok``.
     """
-    return _new(*_described(shape, dtype), order, missing_ok)
+    return _new(*_described(shape, dtype), order, _allocator(missing_ok))
 
 
 def zeros(
@@ -67,10 +74,10 @@ def zeros(
     """Return a new array of zeros in mergeable memory; otherwise as :func:`pyksm.empty`.
 
     >>> import pyksm
-    >>> pyksm.zeros(3, missing_ok=True)
+    >>> pyksm.zeros(3)
     array([0., 0., 0.])
     """
-    return _new(*_described(shape, dtype), order, missing_ok)
+    return _new(*_described(shape, dtype), order, _allocator(missing_ok))
 
 
 def ones(
@@ -79,7 +86,7 @@ def ones(
     """Return a new array of ones in mergeable memory; otherwise as :func:`pyksm.empty`.
 
     >>> import pyksm
-    >>> pyksm.ones((2, 2), int, missing_ok=True)
+    >>> pyksm.ones((2, 2), int)
     array([[1, 1],
            [1, 1]])
     """
@@ -100,18 +107,19 @@ def full(
     they merge with each other.
 
     >>> import pyksm
-    >>> pyksm.full(3, 7, missing_ok=True)
+    >>> pyksm.full(3, 7)
     array([7, 7, 7])
     """
     import numpy as np
 
     if dtype is None:
         dtype = np.asarray(fill_value).dtype
-    return _filled(_new(*_described(shape, dtype), order, missing_ok), fill_value)
+    return _filled(_new(*_described(shape, dtype), order, _allocator(missing_ok)), fill_value)
 
 
 def array(
     object: ArrayLike,
+    /,
     dtype: DTypeLike = None,
     *,
     order: LikeOrder = "K",
@@ -125,7 +133,7 @@ def array(
     copied once; from lists numpy builds a temporary array first. The result is writable.
 
     >>> import pyksm
-    >>> pyksm.array([[1, 2], [3, 4]], "f4", missing_ok=True)
+    >>> pyksm.array([[1, 2], [3, 4]], "f4")
     array([[1., 2.],
            [3., 4.]], dtype=float32)
 
@@ -142,7 +150,11 @@ def array(
     source: NDArray[Any] = object if subok else np.asarray(object)
     if source.ndim < ndmin:
         source = source.reshape((1,) * (ndmin - source.ndim) + source.shape)
-    return copy_array(source, wanted, order=order, subok=subok, missing_ok=missing_ok)
+    kind = source.dtype if wanted is None else wanted
+    made = _like(source, source.shape, kind, order, _allocator(missing_ok))
+    np.copyto(made, source, casting="unsafe")
+    keep_small(made)
+    return as_subclass(made, source) if subok else made
 
 
 def empty_like(
@@ -160,7 +172,7 @@ def empty_like(
     ``subok`` the subclass. Otherwise as :func:`pyksm.empty`.
 
     >>> import numpy, pyksm
-    >>> pyksm.empty_like(numpy.ones((2, 3), "f4", order="F"), missing_ok=True).flags.f_contiguous
+    >>> pyksm.empty_like(numpy.ones((2, 3), "f4", order="F")).flags.f_contiguous
     True
     """
     import numpy as np
@@ -172,13 +184,7 @@ def empty_like(
         dims, kind = _described(
             source.shape if shape is None else shape, source.dtype if dtype is None else dtype
         )
-    _refuse_objects(kind)
-    axes = _axes_in_memory(source, order) if len(dims) == source.ndim else None
-    if axes is None:
-        axes = _ORDER_AXES["F" if order == "F" else "C"](len(dims))
-    # Made C-contiguous in the order in which the axes lie in memory, then turned round.
-    made = _new(tuple(dims[axis] for axis in axes), kind, "C", missing_ok)
-    made = made.transpose(tuple(axes.index(axis) for axis in range(len(dims))))
+    made = _like(source, dims, kind, order, _allocator(missing_ok))
     return as_subclass(made, source) if subok else made
 
 
@@ -194,7 +200,7 @@ def zeros_like(
     """Return an array of zeros shaped and typed like another; otherwise as ``empty_like``.
 
     >>> import pyksm
-    >>> pyksm.zeros_like([1, 2], missing_ok=True)
+    >>> pyksm.zeros_like([1, 2])
     array([0, 0])
     """
     return empty_like(a, dtype, order, subok, shape, missing_ok=missing_ok)
@@ -212,7 +218,7 @@ def ones_like(
     """Return an array of ones shaped and typed like another; otherwise as ``empty_like``.
 
     >>> import pyksm
-    >>> pyksm.ones_like([1.5, 2], missing_ok=True)
+    >>> pyksm.ones_like([1.5, 2])
     array([1., 1.])
     """
     return full_like(a, 1, dtype, order, subok, shape, missing_ok=missing_ok)
@@ -231,7 +237,7 @@ def full_like(
     """Return an array of one value shaped and typed like another; otherwise as ``empty_like``.
 
     >>> import pyksm
-    >>> pyksm.full_like([1, 2], 9, missing_ok=True)
+    >>> pyksm.full_like([1, 2], 9)
     array([9, 9])
     """
     made = empty_like(a, dtype, order, subok, shape, missing_ok=missing_ok)
@@ -242,7 +248,7 @@ def buffer_of(array: object) -> Buffer | None:
     """Return the ``Buffer`` an array's data lies in; None if it is not pyksm's.
 
     >>> import pyksm, pyksm.arrays
-    >>> pyksm.arrays.buffer_of(pyksm.ones(5000, missing_ok=True)[1:])
+    >>> pyksm.arrays.buffer_of(pyksm.ones(5000)[1:])
     <pyksm.Buffer: 40000 bytes at ...>
     """
     owner = array
@@ -251,13 +257,13 @@ def buffer_of(array: object) -> Buffer | None:
     return owner
 
 
-def keep_small(array: NDArray[Any]) -> None:
+def keep_small(array: NDArray[Any] | memoryview | Buffer) -> None:
     """Keep huge pages out of an array that is now filled: see :meth:`pyksm.Buffer.keep_small`.
 
     Nothing is done for memory that is not pyksm's.
 
     >>> import pyksm, pyksm.arrays
-    >>> weights = pyksm.empty((1 << 20,), missing_ok=True)
+    >>> weights = pyksm.empty((1 << 20,))
     >>> weights[:] = 1.5
     >>> pyksm.arrays.keep_small(weights)
     """
@@ -267,6 +273,61 @@ def keep_small(array: NDArray[Any]) -> None:
 
 
 # What copying and loading need of this room.
+
+
+class Packer:
+    """Memory for many arrays: each from a page of its own, small ones together in one mapping.
+
+    A mapping per array would run into vm.max_map_count (65,530) once every second one is freed.
+    The price: the pages of a small array are freed when its whole slab is.
+    """
+
+    def __init__(self, *, missing_ok: bool = False) -> None:
+        """Begin with no memory."""
+        self._missing_ok = missing_ok
+        self._slab: memoryview | None = None
+        self._used = 0
+
+    def room(self, nbytes: int) -> Buffer | memoryview:
+        """Return zero-filled memory, page-aligned, nobody else in its last page."""
+        if nbytes >= _OWN_MAPPING:
+            return Buffer(nbytes, missing_ok=self._missing_ok)
+        whole = -nbytes % PAGE_SIZE + nbytes
+        if self._slab is None or self._used + whole > _SLAB:
+            self._slab = memoryview(Buffer(_SLAB, missing_ok=self._missing_ok))
+            self._used = 0
+            keep_small(self._slab)  # smaller than a huge page, but its neighbours need not be
+        start, self._used = self._used, self._used + whole
+        return self._slab[start : start + nbytes]
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], order: str = "C") -> NDArray[Any]:
+        """Return an array to fill; numpy's own if it is smaller than a page."""
+        import numpy as np
+
+        if math.prod(shape) * dtype.itemsize < PAGE_SIZE:
+            return np.empty(shape, dtype, "F" if order == "F" else "C")
+        return _new(shape, dtype, order, self.room)
+
+    def copy_of(self, source: NDArray[Any]) -> NDArray[Any]:
+        """Return a copy, writable or not as the source is, with its axes in the same order."""
+        import numpy as np
+
+        if source.nbytes < PAGE_SIZE:
+            made: NDArray[Any] = np.array(source, order="K", copy=True)
+        else:
+            made = _like(source, source.shape, source.dtype, "K", self.room)
+            np.copyto(made, source)
+            keep_small(made)
+        made.flags.writeable = source.flags.writeable
+        return made
+
+    def copy_of_bytes(self, source: memoryview) -> Buffer | memoryview:
+        """Return memory with the same bytes."""
+        made = self.room(source.nbytes)
+        with memoryview(made) as target:
+            target[:] = source
+        keep_small(made)
+        return made
 
 
 def lay_out(
@@ -283,23 +344,6 @@ def lay_out(
     return np.ndarray(shape, dtype, buffer=bytes_of_memory, order="F" if order == "F" else "C")
 
 
-def copy_array(
-    source: NDArray[Any],
-    dtype: np.dtype[Any] | None = None,
-    *,
-    order: LikeOrder = "K",
-    subok: bool = True,
-    missing_ok: bool = False,
-) -> NDArray[Any]:
-    """Return a copy of an array in a ``Buffer`` of its own, filled and kept small."""
-    import numpy as np
-
-    made = empty_like(source, dtype, order, subok=False, missing_ok=missing_ok)
-    np.copyto(made, source, casting="unsafe")
-    keep_small(made)
-    return as_subclass(made, source) if subok else made
-
-
 def as_subclass(made: NDArray[Any], source: NDArray[Any]) -> NDArray[Any]:
     """View an array as another's subclass, with that one's attributes."""
     import numpy as np
@@ -311,8 +355,12 @@ def as_subclass(made: NDArray[Any], source: NDArray[Any]) -> NDArray[Any]:
     return made
 
 
+def _allocator(missing_ok: bool) -> Allocator:
+    return lambda nbytes: Buffer(nbytes, missing_ok=missing_ok)
+
+
 def _new(
-    shape: tuple[int, ...], dtype: np.dtype[Any], order: str, missing_ok: bool
+    shape: tuple[int, ...], dtype: np.dtype[Any], order: str, allocate: Allocator
 ) -> NDArray[Any]:
     import numpy as np
 
@@ -320,8 +368,22 @@ def _new(
         raise ValueError(f"order must be 'C' or 'F', not {order!r}")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
-        return np.empty(shape, dtype, order)
-    return lay_out(Buffer(nbytes, missing_ok=missing_ok), shape, dtype, order)
+        return np.empty(shape, dtype, "F" if order == "F" else "C")
+    return lay_out(allocate(nbytes), shape, dtype, order)
+
+
+def _like(
+    source: NDArray[Any],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    order: str,
+    allocate: Allocator,
+) -> NDArray[Any]:
+    _refuse_objects(dtype)
+    axes = _axes_in_memory(source, order, len(shape))
+    # Made C-contiguous in the order in which the axes lie in memory, then turned round.
+    made = _new(tuple(shape[axis] for axis in axes), dtype, "C", allocate)
+    return made.transpose([axes.index(axis) for axis in range(len(shape))])
 
 
 def _filled(made: NDArray[Any], fill_value: Any) -> NDArray[Any]:
@@ -347,17 +409,12 @@ def _described(shape: Shape, dtype: DTypeLike) -> tuple[tuple[int, ...], np.dtyp
     return dims, kind
 
 
-def _sequence(shape: Shape) -> Sequence[SupportsIndex]:
-    if isinstance(shape, (tuple, list)):
+def _sequence(shape: Shape) -> Iterable[SupportsIndex]:
+    if hasattr(shape, "__index__"):
+        return (shape,)
+    if isinstance(shape, Iterable) and not isinstance(shape, (str, bytes)):
         return shape
-    if isinstance(shape, (str, bytes)) or (
-        not hasattr(shape, "__index__") and not hasattr(shape, "__iter__")
-    ):
-        raise TypeError(f"shape must be an int or ints, not {type(shape).__name__}")
-    try:
-        return (index(shape),) if not isinstance(shape, bool) else (shape,)  # type: ignore[arg-type]
-    except TypeError:
-        return tuple(shape)  # type: ignore[arg-type]
+    raise TypeError(f"shape must be an int or a sequence of ints, not {type(shape).__name__}")
 
 
 def _dimension(size: SupportsIndex) -> int:
@@ -380,19 +437,14 @@ def _refuse_objects(dtype: np.dtype[Any]) -> None:
         )
 
 
-_ORDER_AXES = {
-    "C": lambda ndim: list(range(ndim)),
-    "F": lambda ndim: list(reversed(range(ndim))),
-}
-
-
-def _axes_in_memory(source: NDArray[Any], order: str) -> list[int]:
+def _axes_in_memory(source: NDArray[Any], order: str, ndim: int) -> list[int]:
     """Return the axes from the slowest to the fastest in memory, as numpy's order asks for."""
     if order not in ("C", "F", "A", "K"):
         raise ValueError(f"order must be 'C', 'F', 'A' or 'K', not {order!r}")
     flags = source.flags
-    if order == "A" or (order == "K" and (flags.c_contiguous or flags.f_contiguous)):
-        order = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
-    if order in _ORDER_AXES:
-        return _ORDER_AXES[order](source.ndim)
-    return sorted(range(source.ndim), key=lambda axis: -abs(source.strides[axis]))
+    axes = list(range(ndim))
+    if order == "F" or (order in "AK" and flags.f_contiguous and not flags.c_contiguous):
+        return axes[::-1]
+    if order == "K" and not flags.c_contiguous and ndim == source.ndim:
+        return sorted(axes, key=lambda axis: -abs(source.strides[axis]))
+    return axes
