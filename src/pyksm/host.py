@@ -19,6 +19,7 @@ from pyksm.errors import KsmError, NotSupported
 from pyksm.knobs import KNOBS, Value, Values, check
 from pyksm.lease import Lease, LeaseStatus
 from pyksm.result import Result
+from pyksm.settle import Progress, Scope, SettleResult, Unmerged, explain, settle
 from pyksm.undo import Undo
 
 __all__ = ["Host", "HostCounters", "HostStats"]
@@ -237,6 +238,25 @@ class Host:
                 return _cpu_seconds(self._ksmd)
         self._ksmd = _find_ksmd(self._proc)
         return None if self._ksmd is None else _cpu_seconds(self._ksmd)
+
+    def scope(self) -> Scope:
+        """Return how far merging on the host has come, for :func:`pyksm.settle`."""
+        stats = _stats(self.counters())
+        return Scope(candidates=stats.nbytes or 0, merged=stats.merged_bytes or 0)
+
+    def unmerged(self) -> list[Unmerged]:
+        """Say what of the tracked memory has not merged, and why."""
+        scope = self.scope()
+        return explain(unmarked=0, untouched=0, single=scope.candidates - scope.merged)
+
+    def settle(
+        self,
+        timeout: float | None = None,
+        cpu: float = 1.0,
+        progress: Progress | None = None,
+    ) -> SettleResult:
+        """Make merging on the whole host happen now; return when it has (:func:`pyksm.settle`)."""
+        return settle([self], self, timeout=timeout, cpu=cpu, progress=progress)
 
     # ---- changing ----
 
