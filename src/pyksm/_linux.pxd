@@ -22,7 +22,9 @@ cdef extern from *:
     ctypedef long ssize_t
     ctypedef long off_t
     int errno
+    int EAGAIN
     int EINTR
+    int ENOMEM
 
     int MADV_DONTNEED
     int MADV_MERGEABLE
