@@ -18,7 +18,7 @@ import pytest
 from support import spawn
 
 from pyksm import _numpy
-from pyksm.allocator import allocator
+from pyksm.allocating import allocator
 
 QUICK = os.environ.get("PYKSM_BENCH_QUICK") == "1"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -136,7 +136,7 @@ def _everywhere(quick):
 
     import numpy as np
 
-    from pyksm.allocator import allocator
+    from pyksm.allocating import allocator
 
     def timed():
         make, clock = np.empty, time.perf_counter_ns

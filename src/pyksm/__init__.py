@@ -7,16 +7,11 @@ Importing pyksm loads no numpy, starts nothing and changes nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from pyksm._buffer import Buffer
-from pyksm.errors import KsmError, NotSupported
-from pyksm.process import Process, ProcessStats
-from pyksm.region import Region, RegionStats
-from pyksm.result import Result, Skipped
-from pyksm.undo import Undo
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyksm._buffer import Buffer
+    from pyksm.allocating import allocator
     from pyksm.arrays import (
         array,
         empty,
@@ -29,10 +24,23 @@ if TYPE_CHECKING:
         zeros_like,
     )
     from pyksm.copying import copy
+    from pyksm.diagnosis import Finding, doctor
+    from pyksm.errors import KsmError, NotSupported
+    from pyksm.host import Host, HostCounters, HostStats
     from pyksm.loading import load
+    from pyksm.process import Process, ProcessStats
+    from pyksm.region import Region, RegionStats
+    from pyksm.result import Result, Skipped
+    from pyksm.settling import SettleResult, Unmerged
+    from pyksm.undo import Undo
+    from pyksm.verbs import merge, settle, settle_async, unmerge
 
 __all__ = [
     "Buffer",
+    "Finding",
+    "Host",
+    "HostCounters",
+    "HostStats",
     "KsmError",
     "NotSupported",
     "Process",
@@ -40,35 +48,67 @@ __all__ = [
     "Region",
     "RegionStats",
     "Result",
+    "SettleResult",
     "Skipped",
     "Undo",
+    "Unmerged",
+    "allocator",
     "array",
     "copy",
+    "doctor",
     "empty",
     "empty_like",
     "full",
     "full_like",
     "load",
+    "merge",
     "ones",
     "ones_like",
+    "settle",
+    "settle_async",
+    "unmerge",
     "zeros",
     "zeros_like",
 ]
 
-_LATE = {"copy": "pyksm.copying", "load": "pyksm.loading"} | dict.fromkeys(
-    ["array", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "zeros",
-     "zeros_like"],
-    "pyksm.arrays",
-)
+# Each room is imported when one of its names is first used (PEP 562). No room may be called like
+# a public name: importing the submodule would put the module in the name's place.
+_ROOMS = {
+    "_buffer": ["Buffer"],
+    "allocating": ["allocator"],
+    "arrays": [
+        "array",
+        "empty",
+        "empty_like",
+        "full",
+        "full_like",
+        "ones",
+        "ones_like",
+        "zeros",
+        "zeros_like",
+    ],
+    "copying": ["copy"],
+    "diagnosis": ["Finding", "doctor"],
+    "errors": ["KsmError", "NotSupported"],
+    "host": ["Host", "HostCounters", "HostStats"],
+    "loading": ["load"],
+    "process": ["Process", "ProcessStats"],
+    "region": ["Region", "RegionStats"],
+    "result": ["Result", "Skipped"],
+    "settling": ["SettleResult", "Unmerged"],
+    "undo": ["Undo"],
+    "verbs": ["merge", "settle", "settle_async", "unmerge"],
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    """Import the rooms for arrays when they are first used (PEP 562)."""
-    if name not in _LATE:
+def __getattr__(name: str) -> object:
+    """Import the room of a public name."""
+    if name not in _ROOM_OF:
         raise AttributeError(f"module 'pyksm' has no attribute {name!r}")
-    import importlib
+    from importlib import import_module
 
-    value = getattr(importlib.import_module(_LATE[name]), name)
+    value: object = getattr(import_module(f"pyksm.{_ROOM_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -19,7 +19,7 @@ from pyksm.errors import KsmError, NotSupported
 from pyksm.knobs import KNOBS, Value, Values, check
 from pyksm.lease import Lease, LeaseStatus
 from pyksm.result import Result
-from pyksm.settle import Progress, Scope, SettleResult, Unmerged, explain, settle
+from pyksm.settling import Progress, Scope, SettleResult, Unmerged, explain, settle
 from pyksm.undo import Undo
 
 __all__ = ["Host", "HostCounters", "HostStats"]

@@ -31,7 +31,10 @@ _PICKLE_HINT = (
 
 
 def load(
-    file: str | os.PathLike[str] | IO[bytes], *, allow_pickle: bool = False, missing_ok: bool = False
+    file: str | os.PathLike[str] | IO[bytes],
+    *,
+    allow_pickle: bool = False,
+    missing_ok: bool = False,
 ) -> Any:
     """Read a file of arrays straight into mergeable memory.
 
@@ -281,8 +284,9 @@ def _load_npz(source: Source, packer: Packer, allow_pickle: bool) -> dict[str, N
                 if member.file_size > member.compress_size * _DEFLATE_AT_BEST + 1024 and (
                     member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
                 ):
-                    raise ValueError(f"{name}: {member.compress_size} bytes cannot unpack to "
-                                     f"{member.file_size}")
+                    raise ValueError(
+                        f"{name}: {member.compress_size} bytes cannot unpack to {member.file_size}"
+                    )
                 with archive.open(member) as opened:
                     inner = Source(opened, name, sized=False)
                     inner.size = member.file_size
@@ -465,8 +469,16 @@ def _load_pickle(source: Source, packer: Packer) -> Any:
 
     try:
         return Unpickler(source, packer).load()
-    except (pickle.UnpicklingError, EOFError, LookupError, AssertionError, OSError,
-            struct.error, zlib.error, lzma.LZMAError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        AssertionError,
+        OSError,
+        struct.error,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
         raise ValueError(
             f"{source.name}: a damaged pickle, or one of something else (before byte "
             f"{source.place}): {type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from pyksm.frames import fork_sharing, frame_files, frames_readable, survey
 from pyksm.host import Host
 from pyksm.marks import ledger
 from pyksm.result import Result
-from pyksm.settle import Progress, Scope, SettleResult, Unmerged, explain, settle
+from pyksm.settling import Progress, Scope, SettleResult, Unmerged, explain, settle
 from pyksm.smaps import read_mappings, read_rollup
 from pyksm.undo import Undo
 

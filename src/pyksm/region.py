@@ -17,7 +17,7 @@ from pyksm.host import Host
 from pyksm.marks import Piece, ledger
 from pyksm.process import RMAP_ITEM, Process
 from pyksm.result import Result, human_bytes
-from pyksm.settle import Progress, Scope, SettleResult, Unmerged, explain, settle
+from pyksm.settling import Progress, Scope, SettleResult, Unmerged, explain, settle
 from pyksm.smaps import read_mappings
 from pyksm.undo import Undo
 

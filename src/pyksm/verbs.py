@@ -13,8 +13,8 @@ from pyksm.host import Host
 from pyksm.process import Process
 from pyksm.region import Region, ask
 from pyksm.result import Skipped
-from pyksm.settle import Progress, SettleResult
-from pyksm.settle import settle as settle_targets
+from pyksm.settling import Progress, SettleResult
+from pyksm.settling import settle as settle_targets
 from pyksm.undo import Undo
 
 __all__ = ["merge", "settle", "settle_async", "unmerge"]

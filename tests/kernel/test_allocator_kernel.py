@@ -11,7 +11,7 @@ import pytest
 from support import Ksmd, anon_pages, mappings, smaps_kb, spawn, vm_flags, wait_until
 
 from pyksm import _numpy, _sys
-from pyksm.allocator import allocator
+from pyksm.allocating import allocator
 
 MIB = 1 << 20
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -70,7 +70,7 @@ def _filler(nbytes, count):
     import numpy as np
 
     from pyksm import _numpy
-    from pyksm.allocator import allocator
+    from pyksm.allocating import allocator
 
     arrays = []
     for _ in range(2):
@@ -186,7 +186,7 @@ def _aged_loader(folder, seed, merged):
 
     import numpy as np
 
-    from pyksm.allocator import allocator
+    from pyksm.allocating import allocator
 
     big = np.ones(30 << 20, "u1")  # freed, it raises glibc's dynamic mmap threshold to 30 MiB
     del big

@@ -28,9 +28,9 @@ from support import capabilities, kernel_tests, rollup_kb, vm_flags
 
 import pyksm
 from pyksm import _numpy, _sys
-from pyksm.allocator import allocator
+from pyksm.allocating import allocator
 
-room = importlib.import_module("pyksm.allocator")  # pyksm.allocator is the function
+room = importlib.import_module("pyksm.allocating")
 PAGE = _sys.PAGE_SIZE
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [1, 100, 4096, 65535, 65536, 65537, 200 * KIB, MIB, 5 * MIB, 8 * MIB, 8 * MIB + 1, 33 * MIB]
@@ -67,7 +67,16 @@ def run_python(source: str, *options: str, timeout: float = 60) -> str:
     """Run Python text in a fresh process with warnings as errors; return what it printed."""
     src = str(Path(pyksm.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "faulthandler", *options, "-c", textwrap.dedent(source)],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-X",
+            "faulthandler",
+            *options,
+            "-c",
+            textwrap.dedent(source),
+        ],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -82,7 +91,9 @@ def run_python(source: str, *options: str, timeout: float = 60) -> str:
 # --- the door ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [65536.0, True, False, "65536", None, b"1", [1], np.float64(4096)])
+@pytest.mark.parametrize(
+    "value", [65536.0, True, False, "65536", None, b"1", [1], np.float64(4096)]
+)
 def test_min_bytes_of_another_type_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="min_bytes must be"):
         allocator(value)  # type: ignore[arg-type]
@@ -139,7 +150,7 @@ def test_a_mark_that_does_not_take_is_noticed(ksm: None, monkeypatch: pytest.Mon
 
 
 def test_importing_it_loads_no_numpy() -> None:
-    assert run_python("import sys, pyksm.allocator; print('numpy' in sys.modules)") == "False"
+    assert run_python("import sys, pyksm.allocating; print('numpy' in sys.modules)") == "False"
 
 
 # --- the memory --------------------------------------------------------------------------------
@@ -310,7 +321,7 @@ def test_what_cannot_be_had_is_a_memory_error(handler_as_it_was: None) -> None:
 def test_at_the_address_space_limit_it_fails_and_recovers() -> None:
     run_python("""
         import resource, numpy as np
-        from pyksm.allocator import allocator
+        from pyksm.allocating import allocator
         with allocator():
             np.ones(1 << 20)
             with open("/proc/self/statm") as statm:
@@ -469,7 +480,9 @@ def test_nested_in_order(handler_as_it_was: None) -> None:
         assert _numpy.current() is outer
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+)
 def test_nested_out_of_order(handler_as_it_was: None, order: tuple[int, ...]) -> None:
     sizes = (65536, 131072, 262144)
     undos = [allocator(size) for size in sizes]
@@ -582,7 +595,7 @@ EVERYWHERE = """
     from concurrent.futures import ThreadPoolExecutor
     from numpy._core.multiarray import get_handler_name
     from pyksm import _numpy
-    from pyksm.allocator import allocator
+    from pyksm.allocating import allocator
     MIB = 1 << 20
     def ours(array):
         at = array.__array_interface__["data"][0]
@@ -667,7 +680,7 @@ def test_a_forked_child_goes_on_with_its_own_copy(ksm: None) -> None:
         import os, threading, numpy as np
         from numpy._core.multiarray import get_handler_name
         from pyksm import _numpy
-        from pyksm.allocator import allocator
+        from pyksm.allocating import allocator
         undo = allocator()
         kept = [np.full(n, 3, "u1") for n in (65536, 1 << 20, 20 << 20)]
         pid = os.fork()
@@ -693,7 +706,7 @@ def test_fork_while_other_threads_allocate(ksm: None) -> None:
     run_python(
         """
         import os, threading, warnings, numpy as np
-        from pyksm.allocator import allocator
+        from pyksm.allocating import allocator
         warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: the point here
         stop = threading.Event()
         def churn():
@@ -723,7 +736,7 @@ def test_fork_while_other_threads_allocate(ksm: None) -> None:
 def test_arrays_that_live_to_the_end_of_the_interpreter(ksm: None) -> None:
     run_python("""
         import builtins, sys, threading, numpy as np
-        from pyksm.allocator import allocator
+        from pyksm.allocating import allocator
         allocator()
         allocator(everywhere=True)
         class Late:

@@ -300,7 +300,10 @@ def test_an_unmerge_aborted_by_a_kill_is_not_taken_for_somebody_else(kernel, lea
     kernel.knobs["run"] = 1
     journal = []
     write = kernel.write
-    kernel.write = lambda name, value: (journal.append(on_disk(lease)["written"]), write(name, value))
+    kernel.write = lambda name, value: (
+        journal.append(on_disk(lease)["written"]),
+        write(name, value),
+    )
     lease.hold({"run": 2})
     assert journal[0] == {"run": [1, 2, 0]}
     kernel.write = write
@@ -417,8 +420,12 @@ elif how == "fork":
 
 @pytest.mark.parametrize(
     ("how", "at_exit", "after"),
-    [("dropped", "300", "300"), ("variable", "100", "100"), ("raise", "100", "100"),
-     ("fork", "300", "100")],
+    [
+        ("dropped", "300", "300"),
+        ("variable", "100", "100"),
+        ("raise", "100", "100"),
+        ("fork", "300", "100"),
+    ],
 )
 def test_what_an_exit_leaves(tmp_path, how, at_exit, after):
     root = make_sysfs(tmp_path / "ksm")
@@ -617,7 +624,11 @@ def test_a_signal_handler_may_not_reenter(lease, kernel):
             lease.restore()
 
     write = kernel.write
-    kernel.write = lambda *change: (os.kill(os.getpid(), signal.SIGUSR1), time.sleep(0), write(*change))
+    kernel.write = lambda *change: (
+        os.kill(os.getpid(), signal.SIGUSR1),
+        time.sleep(0),
+        write(*change),
+    )
     before = signal.signal(signal.SIGUSR1, reenter)
     try:
         lease.release(lease.hold({"smart_scan": 0}))

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-__all__ = ["bar", "console", "human_seconds", "is_terminal", "json_option", "print_json", "show", "table"]
+__all__ = [
+    "bar",
+    "console",
+    "human_seconds",
+    "is_terminal",
+    "json_option",
+    "print_json",
+    "show",
+    "table",
+]
 
 PIPED_WIDTH = 160
 """Columns of a table that goes into a file or a pipe, where rich would take 80."""

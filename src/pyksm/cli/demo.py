@@ -26,7 +26,7 @@ from pyksm.host import Host
 from pyksm.knobs import KNOBS
 from pyksm.process import Process
 from pyksm.result import Result, human_bytes
-from pyksm.settle import SettleResult, settle
+from pyksm.settling import SettleResult, settle
 
 __all__ = ["command"]
 
@@ -430,5 +430,3 @@ def _report(result: DemoResult) -> None:
         word = ("ok     ", "bold green") if check.ok else ("FAILED ", "bold red")
         show(Text.assemble(word, f"{check.claim}: {check.found}"))
     show("Verified." if result.ok else "NOT verified.")
-
-

@@ -6,7 +6,7 @@ import click
 
 from pyksm.cli import Exit
 from pyksm.cli._output import json_option, print_json, show
-from pyksm.doctor import Finding, doctor
+from pyksm.diagnosis import Finding, doctor
 from pyksm.host import Host
 from pyksm.process import Process
 

@@ -9,7 +9,7 @@ from pyksm.cli._output import bar, human_seconds, json_option, print_json, show,
 from pyksm.host import Host
 from pyksm.process import Process
 from pyksm.result import human_bytes
-from pyksm.settle import SettleResult, Target, settle
+from pyksm.settling import SettleResult, Target, settle
 
 __all__ = ["command"]
 

@@ -99,9 +99,7 @@ def look(host: Host, pids: tuple[int, ...] = (), rates: Rates | None = None) -> 
         lines, unreadable = [_line(Process(pid)) for pid in pids], 0
     else:
         lines, unreadable = _everyone()
-    return Snapshot(
-        host=host.stats(), processes=tuple(lines), unreadable=unreadable, rates=rates
-    )
+    return Snapshot(host=host.stats(), processes=tuple(lines), unreadable=unreadable, rates=rates)
 
 
 def _everyone() -> tuple[list[ProcessLine], int]:
