@@ -16,6 +16,7 @@ from typing import Final
 
 from pyksm import _sys
 from pyksm.errors import KsmError, NotSupported
+from pyksm.headroom import require
 from pyksm.knobs import KNOBS, Value, Values, check
 from pyksm.lease import Lease, LeaseStatus
 from pyksm.result import Result
@@ -264,12 +265,18 @@ class Host:
         """Start ksmd (``run=1``): what was marked for merging gets merged, in every process."""
         return self.tune(run=1)
 
-    def unmerge(self) -> Undo:
+    def unmerge(self, *, force: bool = False) -> Undo:
         """Stop ksmd and give every process its own copies back (``run=2``).
 
         Blocks until it is done, half a second per GiB merged; an interrupt is retried. Undoing
-        puts ``run`` back; what was merged has to be merged again.
+        puts ``run`` back; what was merged has to be merged again. Raises MemoryError, with
+        nothing changed, if the copies would not fit; ``force=True`` tries all the same.
         """
+        require(
+            (self.counters().pages_sharing or 0) * _sys.PAGE_SIZE,
+            "unmerging the whole host",
+            force=force,
+        )
         return self.tune(run=2)
 
     def tune(self, **knobs: int | str) -> Undo:

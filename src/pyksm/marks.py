@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from pyksm import _buffer, _sys
 from pyksm.errors import NotSupported
+from pyksm.headroom import require
 from pyksm.result import Skipped
 from pyksm.smaps import Mapping, read_mappings, why_never
 
@@ -41,6 +42,20 @@ def advise(start: int, end: int, merge: bool) -> None:
         return
     for step in range(start, end, UNMERGE_STEP):
         _sys.madvise(step, min(UNMERGE_STEP, end - step), _sys.UNMERGEABLE)
+
+
+def merged_bytes(ranges: list[Range]) -> int:
+    """Return how much of the ranges lies in KSM pages now, at most (smaps tells by mapping)."""
+    if not ranges:
+        return 0
+    ranges = sorted(ranges)
+    total = 0
+    for mapping in read_mappings("/proc/self/smaps", ranges[0][0], ranges[-1][1]):
+        inside = sum(
+            max(0, min(mapping.end, end) - max(mapping.start, start)) for start, end in ranges
+        )
+        total += min(inside, mapping.bytes_of("KSM") or 0)
+    return total
 
 
 class Piece(NamedTuple):
@@ -104,7 +119,7 @@ class Claim:
         return owner is not None and owner is other.holder()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Span:
     """Pages that share a history: what was found, and the claims since, oldest first.
 
@@ -116,11 +131,6 @@ class Span:
     end: int
     found: bool | None
     claims: tuple[Claim, ...]
-
-    @property
-    def wanted(self) -> bool | None:
-        """What holds: the newest claim, or what was found."""
-        return self.claims[-1].want if self.claims else self.found
 
 
 class Ledger:
@@ -156,12 +166,14 @@ class Ledger:
             finally:
                 self._holder = outer
 
-    def claim(self, pieces: Sequence[Piece], want: bool) -> tuple[list[Claim], list[Skipped]]:
+    def claim(
+        self, pieces: Sequence[Piece], want: bool, *, force: bool = False
+    ) -> tuple[list[Claim], list[Skipped]]:
         """Make the pages of the pieces mergeable or not, and look whether they are.
 
         Returns a claim for each piece that has one, and what the kernel will not merge. Raises
         NotSupported if that is everything, OSError as madvise(2) does (EAGAIN: vm.max_map_count);
-        nothing is changed then.
+        nothing is changed then. MemoryError: see :mod:`pyksm.headroom`; ``force`` skips that.
         """
         with self._locked():
             lowest, highest = min(p.start for p in pieces), max(p.end for p in pieces)
@@ -178,7 +190,7 @@ class Ledger:
                     claims.append(Claim(ranges, want, piece.owner))
             if not claims:
                 raise _refusal(skipped)
-            self._change(claims, _with)
+            self._change(claims, _with, force=force)
             if want:
                 self._prove(claims)
             for claim in claims:
@@ -202,13 +214,13 @@ class Ledger:
 
     # ---- the process-wide switch ----
 
-    def switch(self, on: bool) -> Switch:
+    def switch(self, on: bool, *, force: bool = False) -> Switch:
         """Ask for PR_SET_MEMORY_MERGE on or off; what pyksm's own claims want stays so."""
         with self._locked():
             if not self._switches:
                 self._switched_from = _sys.get_memory_merge()
             switch = Switch(on)
-            self._throw(on)
+            self._throw(on, force=force)
             self._switches = [s for s in self._switches if not s.kept] + [switch]
             return switch
 
@@ -221,17 +233,19 @@ class Ledger:
             self._throw(left[-1].on if left else self._switched_from)
             self._switches = left
 
-    def _throw(self, on: bool) -> None:
+    def _throw(self, on: bool, *, force: bool = False) -> None:
         if _sys.get_memory_merge() == on:
             return
         if on:
             self._marked_before = self._foreign_marks()
             _sys.set_memory_merge(True)
         else:
-            for mapping in read_mappings("/proc/self/smaps"):
-                if mapping.mergeable:  # in steps, before the kernel does it in one long hold
-                    with contextlib.suppress(OSError):  # another thread unmapped it
-                        advise(mapping.start, mapping.end, merge=False)
+            marked = [m for m in read_mappings("/proc/self/smaps") if m.mergeable]
+            needed = sum(mapping.bytes_of("KSM") or 0 for mapping in marked)
+            require(needed, "switching whole-process merging off", force=force)
+            for mapping in marked:  # in steps, before the kernel does it in one long hold
+                with contextlib.suppress(OSError):  # another thread unmapped it
+                    advise(mapping.start, mapping.end, merge=False)
             _sys.set_memory_merge(False)
             self._remark()
         held = self._strike_gone(self._spans)
@@ -282,19 +296,35 @@ class Ledger:
             span.end = edge
 
     def _change(
-        self, claims: list[Claim], change: Callable[[Span, Claim], tuple[Claim, ...]]
+        self,
+        claims: list[Claim],
+        change: Callable[[tuple[Claim, ...], Claim], tuple[Claim, ...]],
+        *,
+        force: bool = False,
     ) -> None:
-        """Add or take claims, span by span; put all back if the kernel refuses one."""
-        done: list[tuple[Span, tuple[Claim, ...]]] = []
+        """Add or take claims; put all back if the kernel refuses one.
+
+        Raises MemoryError, with nothing changed, if the copies that merged pages need back would
+        not fit.
+        """
+        after: dict[Span, tuple[Claim, ...]] = {}
+        for claim in claims:
+            for start, end in claim.ranges:
+                for span in self._overlapping(start, end):
+                    after[span] = change(after.get(span, span.claims), claim)
+        breaking = [
+            (span.start, span.end)
+            for span, claims_after in after.items()
+            if self._marked(span, span.claims) and not self._marked(span, claims_after)
+        ]
+        require(merged_bytes(breaking), "giving merged pages their own copies back", force=force)
+        before = {span: span.claims for span in after}
         try:
-            for claim in claims:
-                for start, end in claim.ranges:
-                    for span in self._overlapping(start, end):
-                        done.append((span, span.claims))
-                        span.claims = change(span, claim)
-                        self._apply(span)
+            for span, claims_after in after.items():
+                span.claims = claims_after
+                self._apply(span)
         except BaseException:
-            for span, claims_before in reversed(done):
+            for span, claims_before in before.items():
                 span.claims = claims_before
                 with contextlib.suppress(OSError):
                     self._apply(span)
@@ -302,9 +332,12 @@ class Ledger:
         finally:
             self._forget_idle()
 
+    def _marked(self, span: Span, claims: tuple[Claim, ...]) -> bool:
+        wanted = claims[-1].want if claims else span.found
+        return _process_wide() if wanted is None else wanted
+
     def _apply(self, span: Span) -> None:
-        wanted = span.wanted
-        advise(span.start, span.end, _process_wide() if wanted is None else wanted)
+        advise(span.start, span.end, self._marked(span, span.claims))
 
     def _forget_idle(self) -> None:
         self._spans = [span for span in self._spans if span.claims]
@@ -334,7 +367,7 @@ class Ledger:
                     advise(start, end, _process_wide())
             return
         with self._locked(), contextlib.suppress(OSError):  # unmapped already
-            self._change([claim], _without)
+            self._change([claim], _without, force=True)  # death cannot be refused
             self._strike(claim)
 
     def _sweep(self) -> None:
@@ -355,7 +388,7 @@ class Ledger:
         """Take a claim out of the book without a word to the kernel: its memory has gone."""
         for span in self._spans:
             if claim in span.claims:
-                span.claims = _without(span, claim)
+                span.claims = _without(span.claims, claim)
         self._forget_idle()
         claim.ended = True
         claim.reference = claim.owner = None
@@ -385,20 +418,18 @@ class Switch:
         self.kept = True
 
 
-def _with(span: Span, claim: Claim) -> tuple[Claim, ...]:
+def _with(claims: tuple[Claim, ...], claim: Claim) -> tuple[Claim, ...]:
     """Add a claim; one that was kept can never hold again below a later kept one, so it goes."""
-    claims = [
+    left = [
         older
-        for index, older in enumerate(span.claims)
-        if not (
-            older.kept and any(c.kept and c.same_owner(older) for c in span.claims[index + 1 :])
-        )
+        for index, older in enumerate(claims)
+        if not (older.kept and any(c.kept and c.same_owner(older) for c in claims[index + 1 :]))
     ]
-    return (*claims, claim)
+    return (*left, claim)
 
 
-def _without(span: Span, claim: Claim) -> tuple[Claim, ...]:
-    return tuple(other for other in span.claims if other is not claim)
+def _without(claims: tuple[Claim, ...], claim: Claim) -> tuple[Claim, ...]:
+    return tuple(other for other in claims if other is not claim)
 
 
 def _found(marked: bool, by_process: bool) -> bool | None:

@@ -116,17 +116,19 @@ class Process:
             )
         return self._switch(True)
 
-    def unmerge(self) -> Undo:
+    def unmerge(self, *, force: bool = False) -> Undo:
         """Switch whole-process merging off (PR_SET_MEMORY_MERGE 0), un-sharing what is merged.
 
-        The marks of pyksm's own live regions, which the kernel wipes, are put back.
+        The marks of pyksm's own live regions, which the kernel wipes, are put back. Raises
+        MemoryError, with nothing changed, if the copies would not fit; ``force=True`` tries all
+        the same.
         """
         self._only_self("unmerge")
         _require_switch()
-        return self._switch(False)
+        return self._switch(False, force=force)
 
-    def _switch(self, on: bool) -> Undo:
-        switch = ledger.switch(on)
+    def _switch(self, on: bool, *, force: bool = False) -> Undo:
+        switch = ledger.switch(on, force=force)
         return Undo(functools.partial(ledger.end_switch, switch), keep=switch.keep)
 
     def stats(self) -> ProcessStats:

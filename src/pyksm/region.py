@@ -98,14 +98,16 @@ class Region:
         """
         return ask([self], want=True)
 
-    def unmerge(self) -> Undo:
+    def unmerge(self, *, force: bool = False) -> Undo:
         """Keep these pages from merging, and give merged ones their own copies back.
 
         It holds, also while the whole process is merged, until it is undone, a later ``merge``
         names the same pages, or the memory dies. Costs about 2 us a merged page (half a second a
-        GiB), in steps of 2 MiB so that no other thread waits long for the mmap lock.
+        GiB), in steps of 2 MiB so that no other thread waits long for the mmap lock. Raises
+        MemoryError, with nothing changed, if the copies would not fit into MemAvailable or a
+        memory cgroup's limit; ``force=True`` tries all the same.
         """
-        return ask([self], want=False)
+        return ask([self], want=False, force=force)
 
     def stats(self) -> RegionStats:
         """Read what is merged of these pages now, and what that saves.
@@ -178,12 +180,12 @@ class Region:
         return f"<pyksm.Region: {human_bytes(self.nbytes)} of {_name(self.obj)}>"
 
 
-def ask(regions: Sequence[Region], *, want: bool) -> Undo:
+def ask(regions: Sequence[Region], *, want: bool, force: bool = False) -> Undo:
     """Claim the pages of several regions at once, all or none; one Undo for all."""
     if want:
         require_ksm()
     pieces = [Piece(r.address, r.address + r.nbytes, _owner(r.obj)) for r in regions]
-    claims, skipped = ledger.claim(pieces, want)
+    claims, skipped = ledger.claim(pieces, want, force=force)
 
     def keep() -> None:
         for claim in claims:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from pyksm.errors import NotSupported
@@ -37,13 +37,14 @@ def merge(obj: object) -> Undo:
     return _ask_all(obj, want=True)
 
 
-def unmerge(obj: object) -> Undo:
+def unmerge(obj: object, *, force: bool = False) -> Undo:
     """Keep the memory of an object, or of each in a list or tuple, from merging.
 
     Short for ``Region(obj).unmerge()``. Pages already merged get their own copies back, at about
-    half a second a GiB.
+    half a second a GiB; MemoryError is raised, with nothing changed, if they would not fit, and
+    ``force=True`` tries all the same.
     """
-    return _ask_all(obj, want=False)
+    return _ask_all(obj, want=False, force=force)
 
 
 def settle(
@@ -103,17 +104,17 @@ def _each(obj: object) -> Iterable[object]:
     return obj if isinstance(obj, (list, tuple)) else (obj,)
 
 
-def _ask_all(obj: object, *, want: bool) -> Undo:
+def _ask_all(obj: object, *, want: bool, force: bool = False) -> Undo:
     if not isinstance(obj, (list, tuple)):
-        return _one(obj, want)
+        return _one(obj, want, force)
     if not obj:
         raise ValueError("an empty list: expected at least one object with memory")
     regions, others, too_small = _sort(obj)
     undos: list[Undo] = []
     try:
         if regions:
-            undos.append(ask(regions, want=want))
-        undos += [_one(other, want) for other in others]
+            undos.append(ask(regions, want=want, force=force))
+        undos += [_one(other, want, force) for other in others]
         if not undos:
             raise NotSupported(too_small[0].reason, hint=too_small[0].hint)
     except BaseException:
@@ -124,10 +125,9 @@ def _ask_all(obj: object, *, want: bool) -> Undo:
     return joined
 
 
-def _one(obj: object, want: bool) -> Undo:
+def _one(obj: object, want: bool, force: bool) -> Undo:
     noun = obj if isinstance(obj, Noun) else Region(obj)
-    verb: Callable[[], Undo] = noun.merge if want else noun.unmerge
-    return verb()
+    return noun.merge() if want else noun.unmerge(force=force)
 
 
 def _sort(objects: Iterable[object]) -> tuple[list[Region], list[Noun], list[Skipped]]:

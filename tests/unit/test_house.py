@@ -19,7 +19,7 @@ FLOORS = {
     0: ["errors", "result", "_linux"],
     1: ["_sys", "_pages", "_buffer", "_numpy", "_inject"],
     2: ["undo", "smaps", "frames", "knobs", "lease", "marks", "region", "process", "host", "arrays"]
-    + ["allocating", "settling", "copying", "loading"],
+    + ["allocating", "settling", "copying", "loading", "headroom"],
     3: ["estimate", "verbs", "diagnosis", "rules"],
     4: ["daemon"],
     5: ["cli", "contrib", "__main__"],
@@ -37,6 +37,8 @@ SAME_FLOOR = {
     ("lease", "knobs"),
     ("marks", "undo"),
     ("marks", "smaps"),
+    ("marks", "headroom"),
+    ("host", "headroom"),
     ("process", "undo"),
     ("process", "smaps"),
     ("process", "frames"),
