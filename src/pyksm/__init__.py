@@ -56,8 +56,17 @@ __all__ = [
 ]
 
 _LATE = {"copy": "pyksm.copying", "load": "pyksm.loading"} | dict.fromkeys(
-    ["array", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "zeros",
-     "zeros_like"],
+    [
+        "array",
+        "empty",
+        "empty_like",
+        "full",
+        "full_like",
+        "ones",
+        "ones_like",
+        "zeros",
+        "zeros_like",
+    ],
     "pyksm.arrays",
 )
 
