@@ -1,4 +1,3 @@
-import sys
 from types import TracebackType
 from typing import Never, Self, SupportsIndex
 

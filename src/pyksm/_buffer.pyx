@@ -217,7 +217,8 @@ cdef class Buffer:
             err = linux.errno if address == 0 else 0
         if err:
             raise MemoryError(
-                f"cannot map {self.nbytes} bytes ({self.nbytes / 2**30:.2f} GiB): {os.strerror(err)}"
+                f"cannot map {self.nbytes} bytes ({self.nbytes / 2**30:.2f} GiB): "
+                f"{os.strerror(err)}"
             )
         self._mapping.nbytes = whole
         self._mapping.address = address

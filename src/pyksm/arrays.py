@@ -96,7 +96,7 @@ def ones(
 def full(
     shape: Shape,
     fill_value: Any,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     order: Order = "C",
     *,
     missing_ok: bool = False,
@@ -120,7 +120,7 @@ def full(
 def array(
     object: ArrayLike,
     /,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     *,
     order: LikeOrder = "K",
     subok: bool = False,
@@ -150,7 +150,7 @@ def array(
     source: NDArray[Any] = object if subok else np.asarray(object)
     if source.ndim < ndmin:
         source = source.reshape((1,) * (ndmin - source.ndim) + source.shape)
-    kind = source.dtype if wanted is None else wanted
+    kind = wanted if wanted is not None and wanted.itemsize else source.dtype
     made = _like(source, source.shape, kind, order, _allocator(missing_ok))
     np.copyto(made, source, casting="unsafe")
     keep_small(made)
@@ -159,7 +159,7 @@ def array(
 
 def empty_like(
     prototype: ArrayLike,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     order: LikeOrder = "K",
     subok: bool = True,
     shape: Shape | None = None,
@@ -190,7 +190,7 @@ def empty_like(
 
 def zeros_like(
     a: ArrayLike,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     order: LikeOrder = "K",
     subok: bool = True,
     shape: Shape | None = None,
@@ -208,7 +208,7 @@ def zeros_like(
 
 def ones_like(
     a: ArrayLike,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     order: LikeOrder = "K",
     subok: bool = True,
     shape: Shape | None = None,
@@ -227,7 +227,7 @@ def ones_like(
 def full_like(
     a: ArrayLike,
     fill_value: Any,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
     order: LikeOrder = "K",
     subok: bool = True,
     shape: Shape | None = None,
@@ -340,7 +340,7 @@ def lay_out(
     """
     import numpy as np
 
-    bytes_of_memory = np.frombuffer(memory, np.uint8)
+    bytes_of_memory = np.frombuffer(memoryview(memory), np.uint8)
     return np.ndarray(shape, dtype, buffer=bytes_of_memory, order="F" if order == "F" else "C")
 
 
@@ -410,8 +410,12 @@ def _described(shape: Shape, dtype: DTypeLike) -> tuple[tuple[int, ...], np.dtyp
 
 
 def _sequence(shape: Shape) -> Iterable[SupportsIndex]:
-    if hasattr(shape, "__index__"):
-        return (shape,)
+    try:
+        index(shape)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    else:
+        return (shape,)  # type: ignore[return-value]
     if isinstance(shape, Iterable) and not isinstance(shape, (str, bytes)):
         return shape
     raise TypeError(f"shape must be an int or a sequence of ints, not {type(shape).__name__}")

@@ -50,8 +50,9 @@ def copy(obj: T, *, missing_ok: bool = False) -> T:
     if "numpy" in sys.modules:
         import numpy as np
 
-        if type(obj) is np.ndarray and not obj.dtype.hasobject:
-            return Packer(missing_ok=missing_ok).copy_of(obj)  # type: ignore[return-value]
+        source: Any = obj
+        if type(source) is np.ndarray and not source.dtype.hasobject:
+            return Packer(missing_ok=missing_ok).copy_of(source)  # type: ignore[return-value]
     stream = _Stream()
     outside = _Outside()
     try:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from pyksm._buffer import Buffer
 from pyksm.arrays import Packer, keep_small
 
 if TYPE_CHECKING:
@@ -85,9 +84,7 @@ def _load(source: Source, allow_pickle: bool, missing_ok: bool) -> Any:
         return _load_npy(source, packer, allow_pickle)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _load_npz(source, packer, allow_pickle)
-    if head[8:9] == b"{" and (
-        source.size is None or int.from_bytes(head[:8], "little") <= source.size
-    ):
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_SAFETENSORS_HEADER:
         return _load_safetensors(source, packer)
     opener = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
     if opener is None and not _looks_pickled(head):
@@ -100,7 +97,7 @@ def _load(source: Source, allow_pickle: bool, missing_ok: bool) -> Any:
     if opener is None:
         return _load_pickle(source, packer)
     with opener(source) as unpacked:
-        return _load_pickle(Source(unpacked, source.name, sized=False), packer)
+        return _load_pickle(Source(unpacked, source.name, sized=False), packer, to_end=True)
 
 
 def _looks_pickled(head: bytes) -> bool:
@@ -257,7 +254,7 @@ def _npy_header(source: Source) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         shape, fortran = header["shape"], header["fortran_order"]
         if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"its shape is {shape!r}")
-        if not isinstance(fortran, bool):
+        if fortran is not True and fortran is not False:
             raise ValueError(f"its fortran_order is {fortran!r}")
         dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(header["descr"])
     except (ValueError, TypeError, SyntaxError, KeyError, MemoryError, RecursionError) as error:
@@ -320,8 +317,6 @@ _SAFETENSORS = {
 
 def _load_safetensors(source: Source, packer: Packer) -> dict[str, NDArray[Any]]:
     length = int.from_bytes(source.read_exactly(8, "the length of the header"), "little")
-    if length > _LARGEST_SAFETENSORS_HEADER:
-        source.fail(f"a header of {length} bytes is more than {_LARGEST_SAFETENSORS_HEADER}")
     header = _safetensors_header(source, source.read_exactly(length, "the safetensors header"))
     tensors = {name: _tensor(source, name, about) for name, about in header.items()}
     # Every byte of the data belongs to exactly one tensor; that is the format's own rule.
@@ -333,10 +328,11 @@ def _load_safetensors(source: Source, packer: Packer) -> dict[str, NDArray[Any]]
     source.need(end, "the data of all tensors")
     if source.size is not None and source.size - source.place != end:
         source.fail(f"{source.size - source.place - end} bytes behind the last tensor")
-    arrays: dict[str, NDArray[Any]] = dict.fromkeys(tensors)  # type: ignore[arg-type]
-    for name, (shape, dtype, _, _) in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        arrays[name] = source.read_array(packer, shape, dtype, "C", f"tensor {name!r}")
-    return arrays
+    arrays = {
+        name: source.read_array(packer, shape, dtype, "C", f"tensor {name!r}")
+        for name, (shape, dtype, _, _) in sorted(tensors.items(), key=lambda item: item[1][2:])
+    }
+    return {name: arrays[name] for name in tensors}  # in the order of the header
 
 
 def _safetensors_header(source: Source, text: bytes) -> dict[str, Any]:
@@ -392,19 +388,20 @@ def _safetensors_dtype(name: str) -> np.dtype[Any]:
         try:
             import ml_dtypes
 
-            return np.dtype(getattr(ml_dtypes, special))
+            plain = getattr(ml_dtypes, special)
         except (ImportError, AttributeError):
             pass
-    return np.dtype(plain)
+    found: np.dtype[Any] = np.dtype(plain)
+    return found
 
 
 # --- pickle and joblib -------------------------------------------------------------------------
 
 
-def _open_gzip(source: Any) -> IO[bytes]:
+def _open_gzip(source: Any) -> Any:
     import gzip
 
-    return gzip.GzipFile(fileobj=source)  # type: ignore[return-value]
+    return gzip.GzipFile(fileobj=source)
 
 
 def _open_bz2(source: Any) -> IO[bytes]:
@@ -421,7 +418,7 @@ def _open_lzma(source: Any) -> IO[bytes]:
 
 @contextmanager
 def _open_zlib(source: Any) -> Iterator[IO[bytes]]:
-    yield io.BufferedReader(_Inflated(source), _PIECE)  # type: ignore[misc]
+    yield io.BufferedReader(_Inflated(source), _PIECE)
 
 
 class _Inflated(io.RawIOBase):
@@ -460,7 +457,7 @@ _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
 }
 
 
-def _load_pickle(source: Source, packer: Packer) -> Any:
+def _load_pickle(source: Source, packer: Packer, *, to_end: bool = False) -> Any:
     import lzma
     import pickle
     import zlib
@@ -468,7 +465,10 @@ def _load_pickle(source: Source, packer: Packer) -> Any:
     from pyksm.unpickling import Unpickler
 
     try:
-        return Unpickler(source, packer).load()
+        loaded = Unpickler(source, packer).load()
+        if to_end:
+            source.read(1)  # behind the pickle is the checksum of the compressed data
+        return loaded
     except (
         pickle.UnpicklingError,
         EOFError,

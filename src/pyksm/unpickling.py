@@ -12,17 +12,23 @@ import math
 import pickle
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyksm._buffer import Buffer
 from pyksm._sys import PAGE_SIZE
 from pyksm.arrays import Packer, keep_small, lay_out
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import numpy as np
     from numpy.typing import NDArray
 
     from pyksm.loading import Source
+
+    PythonUnpickler: TypeAlias = Any  # typeshed takes pickle._Unpickler for the one in C
+else:
+    PythonUnpickler = pickle._Unpickler
 
 __all__ = ["Unpickler"]
 
@@ -66,10 +72,10 @@ class _Feed:
         return target
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class Unpickler(PythonUnpickler):  # type: ignore[misc]
     """Loads pickle and joblib streams; arrays of a page or more get memory of the packer."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(PythonUnpickler.dispatch)
 
     def __init__(self, source: Source, packer: Packer) -> None:
         """Read from a source, and lay arrays into memory of a packer."""
@@ -137,7 +143,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             if isinstance(data, Payload):
                 self.stack.pop()
                 made = data.array(state[1], state[2], "F" if state[3] else "C")
-                self._replace(receiver, made.view(type(receiver)))
+                self._replace(receiver, _native(made).view(type(receiver)))
                 return
         super().load_build()
         if type(receiver).__module__ == "joblib.numpy_pickle":
@@ -171,8 +177,16 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         )
         import numpy as np
 
+        array = _native(array)
         plain = wrapper.subclass in (np.ndarray, np.memmap)
         return array if plain else array.view(wrapper.subclass)
+
+
+def _native(array: NDArray[Any]) -> NDArray[Any]:
+    """Swap the bytes of foreign numbers in place, as numpy and joblib do when they unpickle."""
+    if array.dtype.isnative or array.dtype.names is not None:
+        return array
+    return array.byteswap(inplace=True).view(array.dtype.newbyteorder("="))
 
 
 def _takes_numpys_state(receiver: Any) -> bool:
