@@ -4,6 +4,7 @@ import pytest
 from fakeksm import Kernel
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pyksm.knobs import KNOBS, check, from_file, plan, resolve, spins
 
 values = {

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from fakeksm import Kernel, make_sysfs, shown
+from support import spawn, wait_until
+
 from pyksm import KsmError, NotSupported
 from pyksm import lease as lease_module
 from pyksm.host import Host
 from pyksm.lease import Lease
-from support import spawn, wait_until
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_threads_leave_nothing_behind(tmp_path):
             for i in range(10):
                 with host.tune(pages_to_scan=1000 + seed * 100 + i, smart_scan=0):
                     assert host.counters().pages_to_scan >= 1000
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - shown below
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
@@ -287,13 +288,6 @@ def test_a_request_of_ours_that_nobody_holds_is_dropped(lease, kernel):
     lease_module._mine.claims.clear()
     lease.sweep()
     assert kernel.knobs["pages_to_scan"] == 100
-
-
-def killed_unmerge(lease, kernel):
-    lease.hold({"run": 2})
-    edit(lease, written={"run": [1, 2, 0]})
-    orphan(lease, pid=2**22 - 3, start=1)
-    kernel.knobs["run"] = 0
 
 
 def test_an_unmerge_aborted_by_a_kill_is_not_taken_for_somebody_else(kernel, lease):
@@ -508,7 +502,7 @@ def test_garbage_is_an_error_and_no_write(lease, kernel, folder, text):
     path.write_bytes(text)
     path.chmod(0o600)
     for call in (lambda: lease.hold({"smart_scan": 0}), lease.restore, lease.status, lease.sweep):
-        with pytest.raises(KsmError, match="ksm.json") as caught:
+        with pytest.raises(KsmError, match=r"ksm\.json") as caught:
             call()
         assert f"rm {path}" in str(caught.value)
     assert kernel.writes == []
@@ -607,7 +601,7 @@ def test_a_forked_child_does_not_inherit_a_lock_of_another_thread(tmp_path):
             host.lease.timeout = 5
             host.lease.release(host.lease.hold({"sleep_millisecs": 1}))
             os._exit(0)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the status tells
             os._exit(1)
     go_on.set()
     thread.join()
