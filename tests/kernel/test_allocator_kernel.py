@@ -55,7 +55,7 @@ def _loads_and_drops():
     import numpy as np
 
     from pyksm import _numpy
-    from pyksm.allocator import allocator
+    from pyksm.allocating import allocator
 
     mib = 1 << 20
     with allocator():
@@ -264,6 +264,7 @@ def test_without_pyksm_aged_processes_share_next_to_nothing(tmp_path: Path, weig
 @pytest.mark.slow
 def test_ksmd_merges_aged_processes(weights: Path, ksmd: Ksmd) -> None:
     total = sum(np.load(file).nbytes for file in weights.glob("*.npy"))
+    ksmd.stop()  # or it merges the first copy's pages before the count below
     with (
         spawn(_aged_loader, str(weights), 1, True) as one,
         spawn(_aged_loader, str(weights), 2, True) as two,
@@ -271,6 +272,7 @@ def test_ksmd_merges_aged_processes(weights: Path, ksmd: Ksmd) -> None:
         for child in (one, two):
             child.reply()
         before = anon_pages()
+        ksmd.fast()
 
         def merged() -> bool:
             return all(_ksm_bytes(child.pid) >= 0.98 * total for child in (one, two))
