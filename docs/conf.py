@@ -53,5 +53,10 @@ nitpick_ignore_regex += [
     (r"py:.*", rf"(pyksm\.)?{name}(\..*)?") for name in PLANNED.split() if name not in pyksm.__all__
 ]
 
+# numpy.typing's aliases lose their module in annotations; the docstrings say what is taken.
+nitpick_ignore_regex += [
+    ("py:class", r"(ArrayLike|DTypeLike|NDArray|Order|LikeOrder|Shape|T|Progress|.*CapsuleType)")
+]
+
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -38,7 +38,7 @@ _WRITE: Final = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HostCounters(Result):
-    """Every file of ``/sys/kernel/mm/ksm`` by the kernel's name; ``None`` where it has no such file.
+    """Every file of ``/sys/kernel/mm/ksm`` by the kernel's name; ``None`` where it has none such.
 
     They describe the whole host, and the kernel brings them up to date only as ksmd comes by:
     with ksmd stopped they stay as they were, and a fork adds to ``pages_sharing`` what was shared
@@ -240,14 +240,14 @@ class Host:
         self._ksmd = _find_ksmd(self._proc)
         return None if self._ksmd is None else _cpu_seconds(self._ksmd)
 
-    def scope(self) -> Scope:
+    def _scope(self) -> Scope:
         """Return how far merging on the host has come, for :func:`pyksm.settle`."""
         stats = _stats(self.counters())
         return Scope(candidates=stats.nbytes or 0, merged=stats.merged_bytes or 0)
 
-    def unmerged(self) -> list[Unmerged]:
+    def _unmerged(self) -> list[Unmerged]:
         """Say what of the tracked memory has not merged, and why."""
-        scope = self.scope()
+        scope = self._scope()
         return explain(unmarked=0, untouched=0, single=scope.candidates - scope.merged)
 
     def settle(

@@ -572,7 +572,7 @@ def _parse(text: bytes, boot_id: str) -> _State:
     if data["version"] != _VERSION:
         raise ValueError(f"its version is {data['version']!r}, not {_VERSION}")
     if not isinstance(data["boot_id"], str):
-        raise ValueError("it names no boot")  # noqa: TRY004 - one kind for all garbage
+        raise ValueError("it names no boot")
     if data["boot_id"] != boot_id:
         return _State()
     requests = [_Request(**request) for request in data["requests"]]

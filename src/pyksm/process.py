@@ -17,7 +17,7 @@ from pyksm.host import Host
 from pyksm.marks import ledger
 from pyksm.result import Result
 from pyksm.settling import Progress, Scope, SettleResult, Unmerged, explain, settle
-from pyksm.smaps import read_mappings, read_rollup
+from pyksm.smaps import Mapping, read_mappings, read_rollup
 from pyksm.undo import Undo
 
 __all__ = ["Process", "ProcessStats"]
@@ -38,6 +38,8 @@ class ProcessStats(Result):
     pid: int
     nbytes: int
     """Anonymous memory in RAM, all that KSM could ever look at."""
+    mergeable_bytes: int
+    """The part of it in mappings marked VM_MERGEABLE (``mg`` in smaps)."""
     merged_bytes: int | None
     """In KSM pages or KSM-placed zero pages, live (smaps, Linux 6.6)."""
     saved_bytes: int | None
@@ -142,7 +144,8 @@ class Process:
         try:
             counters = self._counters()
             rollup = read_rollup(self._path("smaps_rollup"))
-            saved_pages = self._saved_pages(rollup)
+            marked = self._marked()
+            saved_pages = self._saved_pages(rollup, marked)
         except PermissionError as error:
             raise PermissionError(
                 error.errno,
@@ -152,10 +155,14 @@ class Process:
         except FileNotFoundError as error:
             raise self._gone() from error
         self._still_there()
-        return self._result(counters, rollup, saved_pages)
+        return self._result(counters, rollup, marked, saved_pages)
 
     def _result(
-        self, counters: dict[str, str], rollup: dict[str, int], saved_pages: float | None
+        self,
+        counters: dict[str, str],
+        rollup: dict[str, int],
+        marked: list[Mapping],
+        saved_pages: float | None,
     ) -> ProcessStats:
         page = _sys.PAGE_SIZE
         number = {name: _number(counters.get(name)) for name in _NUMBERS}
@@ -171,6 +178,7 @@ class Process:
         return ProcessStats(
             pid=self.pid,
             nbytes=rollup.get("Anonymous", 0),
+            mergeable_bytes=sum(mapping.bytes_of("Anonymous") or 0 for mapping in marked),
             merged_bytes=None if merged is None else merged + (zeros or 0) * page,
             saved_bytes=saved,
             zero_bytes=None if zeros is None else zeros * page,
@@ -183,7 +191,7 @@ class Process:
             **number,
         )
 
-    def _saved_pages(self, rollup: dict[str, int]) -> float | None:
+    def _saved_pages(self, rollup: dict[str, int], marked: list[Mapping]) -> float | None:
         if rollup.get("KSM") == 0:
             return 0.0
         if not frames_readable():
@@ -192,9 +200,7 @@ class Process:
             shared = rollup["Anonymous"] - rollup["Pss_Anon"]
             return min(shared, rollup["KSM"]) / _sys.PAGE_SIZE
         ranges = [
-            (mapping.start, mapping.end)
-            for mapping in read_mappings(self._path("smaps"))
-            if mapping.mergeable and mapping.bytes_of("KSM") != 0
+            (mapping.start, mapping.end) for mapping in marked if mapping.bytes_of("KSM") != 0
         ]
         with frame_files(self._path("")) as files:
             return survey(files, ranges, fork_sharing(self.pid, self.proc)).saved
@@ -203,18 +209,18 @@ class Process:
         """Return ``ksm_zero_pages``, which the kernel keeps live; None before Linux 6.6."""
         return _number(self._counters().get("ksm_zero_pages"))
 
-    def scope(self) -> Scope:
+    def _scope(self) -> Scope:
         """Return how far merging in this process has come, for :func:`pyksm.settle`."""
-        marked = [m for m in read_mappings(self._path("smaps")) if m.mergeable]
+        marked = self._marked()
         zeros = (self.zero_pages() or 0) * _sys.PAGE_SIZE
         return Scope(
             candidates=sum(m.bytes_of("Anonymous") or 0 for m in marked) + zeros,
             merged=sum(m.bytes_of("KSM") or 0 for m in marked) + zeros,
         )
 
-    def unmerged(self) -> list[Unmerged]:
+    def _unmerged(self) -> list[Unmerged]:
         """Say what of the marked memory has not merged, and why."""
-        marked = [m for m in read_mappings(self._path("smaps")) if m.mergeable]
+        marked = self._marked()
         resident = sum(m.bytes_of("Anonymous") or 0 for m in marked)
         merged = sum(m.bytes_of("KSM") or 0 for m in marked)
         return explain(unmarked=0, untouched=0, single=resident - merged)
@@ -232,6 +238,9 @@ class Process:
 
     def _path(self, name: str) -> Path:
         return self.proc / str(self.pid) / name
+
+    def _marked(self) -> list[Mapping]:
+        return [m for m in read_mappings(self._path("smaps")) if m.mergeable]
 
     def _counters(self) -> dict[str, str]:
         """Parse ksm_stat, whose lines are half "name value", half "name: value"."""

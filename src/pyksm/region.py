@@ -141,7 +141,7 @@ class Region:
             exact=files.frames,
         )
 
-    def scope(self) -> Scope:
+    def _scope(self) -> Scope:
         """Return how far merging of these pages has come, for :func:`pyksm.settle`."""
         page = _sys.PAGE_SIZE
         mappings = [
@@ -153,7 +153,7 @@ class Region:
         merged = pages.ksm + pages.zero if files.frames else _from_pss(mappings, pages.shared)[0]
         return Scope(candidates=pages.present * page, merged=merged * page)
 
-    def unmerged(self) -> list[Unmerged]:
+    def _unmerged(self) -> list[Unmerged]:
         """Say what of these pages has not merged, and why."""
         stats = self.stats()
         return explain(

@@ -43,10 +43,10 @@ STEER_SECONDS = 0.1
 class Target(Protocol):
     """What can be settled: a region, a process, the host."""
 
-    def scope(self) -> Scope:
+    def _scope(self) -> Scope:
         """Read the live figures that tell whether merging has ended."""
 
-    def unmerged(self) -> list[Unmerged]:
+    def _unmerged(self) -> list[Unmerged]:
         """Say what did not merge, and why."""
 
     def stats(self) -> Saving:
@@ -224,7 +224,7 @@ class _Run:
         self.before = self.look()
 
     def look(self) -> Scope:
-        scopes = [target.scope() for target in self.targets]
+        scopes = [target._scope() for target in self.targets]
         return Scope(
             sum(scope.candidates for scope in scopes), sum(scope.merged for scope in scopes)
         )
@@ -287,7 +287,7 @@ class _Run:
             seconds=seconds,
             laps=self.laps,
             ksmd_cpu_seconds=cpu,
-            unmerged=tuple(item for target in self.targets for item in target.unmerged()),
+            unmerged=tuple(item for target in self.targets for item in target._unmerged()),
             burst=burst,
         )
 

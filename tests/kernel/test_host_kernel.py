@@ -156,17 +156,17 @@ def test_an_interrupted_unmerge_goes_on(host, merged):
 
 
 def test_an_unmerge_ended_by_an_exception_puts_run_back(host, merged):
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def end(*_):
         if counter("run") != 1:
-            raise Enough
+            raise EnoughError
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.002)
     try:
-        with pytest.raises(Enough), host.unmerge():
+        with pytest.raises(EnoughError), host.unmerge():
             time.sleep(5)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

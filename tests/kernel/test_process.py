@@ -224,6 +224,7 @@ def test_a_reused_pid_is_noticed(tmp_path: Path) -> None:
     (folder / "stat").write_text(stat.format(started=100))
     (folder / "ksm_stat").write_text("ksm_rmap_items 0\nksm_merge_any: no\n")
     (folder / "smaps_rollup").write_text("0-1 ---p 0 00:00 0 [rollup]\nRss: 4 kB\nKSM: 0 kB\n")
+    (folder / "smaps").write_text("")
     process = Process(77, proc=tmp_path)
     assert process.stats().rss_bytes == 4096
     (folder / "stat").write_text(stat.format(started=200))

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from pyksm import headroom as room
 from pyksm.headroom import headroom
 

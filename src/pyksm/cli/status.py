@@ -130,7 +130,7 @@ def _line(process: Process) -> ProcessLine:
         pid=process.pid,
         user=user,
         name=name,
-        marked_bytes=process.scope().candidates,
+        marked_bytes=stats.mergeable_bytes,
         stats=stats,
     )
 
