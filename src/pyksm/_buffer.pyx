@@ -401,3 +401,6 @@ def live():
         return [(copies[i].address, copies[i].nbytes) for i in range(count)]
     finally:
         free(copies)
+
+
+Buffer.__module__ = "pyksm"

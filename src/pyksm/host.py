@@ -250,6 +250,9 @@ class Host:
         scope = self._scope()
         return explain(unmarked=0, untouched=0, single=scope.candidates - scope.merged)
 
+    def _keep_small(self) -> None:
+        """Leave other processes' memory as they want it."""
+
     def settle(
         self,
         timeout: float | None = None,

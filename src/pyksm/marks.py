@@ -27,7 +27,7 @@ from pyksm.headroom import require
 from pyksm.result import Skipped
 from pyksm.smaps import Mapping, read_mappings, why_never
 
-__all__ = ["Claim", "Ledger", "Piece", "Range", "Span", "Switch", "advise", "ledger"]
+__all__ = ["Claim", "Ledger", "Piece", "Range", "Span", "Switch", "advise", "keep_small", "ledger"]
 
 Range = tuple[int, int]
 
@@ -449,6 +449,17 @@ def _own_memory() -> list[Range]:
     arena = sys.modules.get("pyksm._numpy")  # loading it would load numpy
     slabs = arena.slabs() if arena else []
     return [(address, address + nbytes) for address, nbytes in [*_buffer.live(), *slabs]]
+
+
+def keep_small() -> None:
+    """Switch pyksm's own memory to MADV_NOHUGEPAGE, now that it is filled and is to be merged.
+
+    khugepaged gathers ranges of up to 256 shared pages into a huge page, un-sharing them
+    (max_ptes_shared; mm/khugepaged.c).
+    """
+    for start, end in _own_memory():
+        with contextlib.suppress(OSError):  # freed by another thread
+            _sys.madvise(start, end - start, _sys.NOHUGEPAGE)
 
 
 def _minus(start: int, end: int, taken: list[Range]) -> list[Range]:

@@ -14,7 +14,7 @@ from pyksm import _sys
 from pyksm.errors import NotSupported
 from pyksm.frames import fork_sharing, frame_files, frames_readable, survey
 from pyksm.host import Host
-from pyksm.marks import ledger
+from pyksm.marks import keep_small, ledger
 from pyksm.result import Result
 from pyksm.settling import Progress, Scope, SettleResult, Unmerged, explain, settle
 from pyksm.smaps import Mapping, read_mappings, read_rollup
@@ -224,6 +224,10 @@ class Process:
         resident = sum(m.bytes_of("Anonymous") or 0 for m in marked)
         merged = sum(m.bytes_of("KSM") or 0 for m in marked)
         return explain(unmarked=0, untouched=0, single=resident - merged)
+
+    def _keep_small(self) -> None:
+        if self.is_self:
+            keep_small()
 
     def settle(
         self,

@@ -14,7 +14,7 @@ from pyksm import _sys
 from pyksm.errors import NotSupported
 from pyksm.frames import fork_sharing, frame_files, survey
 from pyksm.host import Host
-from pyksm.marks import Piece, ledger
+from pyksm.marks import Piece, keep_small, ledger
 from pyksm.process import RMAP_ITEM, Process
 from pyksm.result import Result, human_bytes
 from pyksm.settling import Progress, Scope, SettleResult, Unmerged, explain, settle
@@ -161,6 +161,9 @@ class Region:
             untouched=stats.mergeable_bytes - stats.resident_bytes,
             single=stats.resident_bytes - (stats.merged_bytes or 0),
         )
+
+    def _keep_small(self) -> None:
+        keep_small()
 
     def settle(
         self,

@@ -71,3 +71,6 @@ class Skipped(Result):
     code: str
     reason: str
     hint: str = ""
+
+
+Result.__module__ = Skipped.__module__ = "pyksm"

@@ -52,6 +52,9 @@ class Target(Protocol):
     def stats(self) -> Saving:
         """Tell what merging saves."""
 
+    def _keep_small(self) -> None:
+        """Keep khugepaged from gathering what will be merged into huge pages again."""
+
 
 class Scanner(Protocol):
     """What settle needs of :class:`pyksm.Host`, which settles too and so imports this room."""
@@ -183,6 +186,8 @@ def settle(
         raise ValueError("nothing to settle: expected at least one region, process or host")
     _validate(timeout, cpu)
     run = _Run(host, targets, timeout, progress, stop)
+    for target in targets:
+        target._keep_small()
     with _burst(host, cpu) as steer:
         run.wait(steer)
     return run.result(burst=steer is not None)
@@ -366,3 +371,6 @@ class _Throttle:
 
     def release(self) -> None:
         self.request.undo()
+
+
+SettleResult.__module__ = Unmerged.__module__ = "pyksm"
