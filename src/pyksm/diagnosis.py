@@ -276,7 +276,7 @@ def _right_to_tune(host: Host, counters: HostCounters) -> Iterator[Finding]:
     refusal = host.refusal
     if refusal is None:
         return
-    if refusal.errno == errno.EROFS:
+    if isinstance(refusal, OSError) and refusal.errno == errno.EROFS:
         yield _host_finding(
             "sysfs-read-only",
             f"{host.root} is read-only here (a container), so KSM cannot be started or sped up "
@@ -358,7 +358,7 @@ def _about_process(process: Process) -> Iterator[Finding]:
     except PermissionError:
         yield from _not_readable(process, say)
         return
-    mappings = [m for m in read_mappings(process.proc / str(process.pid) / "smaps")]
+    mappings = list(read_mappings(process.proc / str(process.pid) / "smaps"))
     marked = [mapping for mapping in mappings if mapping.mergeable]
     if stats.ksm_rmap_items is None:
         yield say(

@@ -7,6 +7,7 @@ command that needs them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -136,14 +137,14 @@ def exit_status(error: BaseException, host: Host | None = None) -> int:
     """Choose the exit status that tells what kind of error it was."""
     from pyksm.errors import NotSupported
 
-    if isinstance(error, PermissionError):
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return Exit.KSM_OFF
     if not isinstance(error, NotSupported):
         return Exit.FAILURE
     from pyksm.host import Host
 
     host = Host() if host is None else host
-    off = host.available and not host.writable and not host.running
+    off = host.exists and not host.writable and not host.running
     return Exit.KSM_OFF if off else Exit.NO_KSM
 
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyksm
+from pyksm.loading import load
 from pyksm.undo import Undo
+from pyksm.verbs import merge, unmerge
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,8 +69,8 @@ def _named(model: NDArray[Any] | Mapping[str, NDArray[Any]]) -> dict[str, NDArra
 
 def _bytes(array: NDArray[Any]) -> memoryview:
     """View an array's bytes in the order in which they lie in memory."""
-    flat = array.reshape(-1, order="A")
-    return memoryview(flat.view("u1")) if flat.size else memoryview(b"")
+    flat = array.reshape(-1, order="A").view("u1")
+    return flat.data if flat.size else memoryview(b"")
 
 
 class Worker:
@@ -80,23 +81,23 @@ class Worker:
 
     def load(self, path: str) -> dict[str, object]:
         """Load the file, and keep its memory from merging until ``merge`` is asked for."""
-        model = pyksm.load(path)
+        model = load(path)
         if not isinstance(model, Mapping) and not hasattr(model, "nbytes"):
             raise ValueError(f"{path} holds neither an array nor a dict of arrays")
         self.arrays = _named(model)
         # load() marks its memory. ksmd may be at work on this host already, and "before" has to
         # show a copy for each worker.
-        self.kept_apart = pyksm.unmerge(self._large())
+        self.kept_apart = unmerge(self._large())
         return {"tensors": len(self.arrays), "nbytes": sum(a.nbytes for a in self.arrays.values())}
 
     def merge(self) -> dict[str, object]:
         """Opt in: let the kernel merge the model's memory."""
         self.kept_apart.undo()
-        return {"nbytes": pyksm.merge(self._large()).nbytes}
+        return {"nbytes": merge(self._large()).nbytes}
 
     def unmerge(self) -> dict[str, object]:
         """Take a copy of its own again."""
-        self.kept_apart = pyksm.unmerge(self._large())
+        self.kept_apart = unmerge(self._large())
         return {"nbytes": self.kept_apart.nbytes}
 
     def digest(self) -> dict[str, object]:

@@ -26,7 +26,8 @@ from pyksm.host import Host
 from pyksm.knobs import KNOBS
 from pyksm.process import Process
 from pyksm.result import Result, human_bytes
-from pyksm.settling import SettleResult, settle
+from pyksm.settling import SettleResult
+from pyksm.verbs import settle
 
 __all__ = ["command"]
 
@@ -37,9 +38,13 @@ NEEDED = 2.9 / 3
 ATTEMPTS = 3
 LOOKS = 7
 LOOK_SECONDS = 0.02
-QUIET_BYTES = 2 << 20
-"""AnonPages and PSS differ by less than this on a host where nothing else allocates: the kernel
-counts AnonPages a CPU at a time and gives up to half a MiB of each late."""
+QUIET_BYTES = 4 << 20
+"""AnonPages and PSS differ by less than this where nothing else allocates: the kernel counts
+AnonPages a CPU at a time, and each may be half a MiB behind."""
+
+
+STEADY_BYTES = 1 << 20
+"""A look counts if AnonPages changed by less than this while it was taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,8 @@ class Memory(Result):
     """PSS of the workers, added up."""
     anon_bytes: int
     """AnonPages of the whole host (median of several looks)."""
+    quiet_bytes: int
+    """AnonPages less what all other processes hold (``RssAnon``), looked at in the same moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,10 +82,11 @@ class DemoResult(Result):
     pss_saved_bytes: int
     anon_saved_bytes: int
     saved_bytes_per_worker: float
+    quiet_saved_bytes: int
     copies_saved: float
-    """``anon_saved_bytes`` in copies of the model; ``workers - 1`` is all."""
+    """``quiet_saved_bytes`` in copies of the model; ``workers - 1`` is all."""
     noisy: bool
-    """Whether other processes changed AnonPages meanwhile."""
+    """Whether other processes' memory changed too much to tell."""
     settle: SettleResult
     checks: tuple[Check, ...]
     ok: bool
@@ -134,10 +142,10 @@ def _require(host: Host) -> None:
     refusal = host.refusal
     if refusal is None or host.running:
         return
-    if not host.exists:
+    if not (host.exists and isinstance(refusal, OSError)):
         raise refusal
     raise NotSupported(
-        f"KSM is off on this host, and you may not turn it on: {refusal.args[1]}",
+        f"KSM is off on this host, and you may not turn it on: {refusal.args[-1]}",
         hint="Run the demo as root (sudo pyksm demo), or ask an administrator of the host to "
         "start ksmd: sudo pyksm tune run=1",
         errno=refusal.errno or 0,
@@ -173,12 +181,14 @@ def run(host: Host, path: Path, workers: int, *, quiet: bool = False) -> DemoRes
             say("Checking ...")
             right_after = [answer["digest"] == expected for answer in team.ask("digest")]
             reached = _write_reaches(team, expected)
-        saved = before.anon_bytes - after.anon_bytes
+        saved = before.quiet_bytes - after.quiet_bytes
         copies = saved / loaded["nbytes"]
+        by_pss = (before.pss_bytes - after.pss_bytes) / loaded["nbytes"]
         checks = (
             _check_weights(right_before, right_after),
             _check_write(reached),
-            _check_copies(copies, workers),
+            _check_copies("AnonPages", copies, workers),
+            _check_copies("PSS of the workers", by_pss, workers),
             _check_knobs(knobs, _knobs(host)),
         )
         return DemoResult(
@@ -190,7 +200,8 @@ def run(host: Host, path: Path, workers: int, *, quiet: bool = False) -> DemoRes
             before=before,
             after=after,
             pss_saved_bytes=before.pss_bytes - after.pss_bytes,
-            anon_saved_bytes=saved,
+            anon_saved_bytes=before.anon_bytes - after.anon_bytes,
+            quiet_saved_bytes=saved,
             saved_bytes_per_worker=saved / workers,
             copies_saved=copies,
             noisy=noisy,
@@ -216,10 +227,10 @@ def _merge(
         with bar("Merging", quiet=quiet) as progress:
             settled = settle(targets, progress=progress, host=host)
         after = _memory(team)
-        fallen = before.anon_bytes - after.anon_bytes
+        fallen = before.quiet_bytes - after.quiet_bytes
         noise = abs(fallen - (before.pss_bytes - after.pss_bytes))
-        noisy = noise > max(QUIET_BYTES, copy // 50)
-        if fallen >= wanted or not noisy or attempt == ATTEMPTS - 1:
+        noisy = noise > max(QUIET_BYTES, wanted / 50)
+        if not noisy or attempt == ATTEMPTS - 1:
             break
         say("Other processes allocated or freed memory meanwhile: measuring once more.")
         team.ask("unmerge")
@@ -229,12 +240,35 @@ def _merge(
 def _memory(team: _Team) -> Memory:
     looks = []
     for _ in range(LOOKS):
-        looks.append(_anon_pages())
+        looks.append(_look(team.pids))
         time.sleep(LOOK_SECONDS)
     return Memory(
         pss_bytes=sum(Process(pid).stats().pss_bytes for pid in team.pids),
-        anon_bytes=round(statistics.median(looks)),
+        anon_bytes=round(statistics.median(anon for anon, _ in looks)),
+        quiet_bytes=round(statistics.median(anon - others for anon, others in looks)),
     )
+
+
+def _look(workers: tuple[int, ...]) -> tuple[int, int]:
+    """Return AnonPages and the anonymous memory of all processes but the workers, in bytes."""
+    for _ in range(LOOKS):
+        anon = _anon_pages()
+        others = sum(
+            _rss_anon(entry)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and int(entry.name) not in workers
+        )
+        if abs(_anon_pages() - anon) < STEADY_BYTES:
+            break
+    return anon, others
+
+
+def _rss_anon(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        for line in (folder / "status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0  # gone meanwhile, or a kernel thread
 
 
 def _anon_pages() -> int:
@@ -290,9 +324,9 @@ def _check_write(changed: list[bool]) -> Check:
     )
 
 
-def _check_copies(copies: float, workers: int) -> Check:
+def _check_copies(figure: str, copies: float, workers: int) -> Check:
     return Check(
-        claim=f"AnonPages fell by at least {NEEDED * (workers - 1):.2f} of the {workers - 1} "
+        claim=f"{figure} fell by at least {NEEDED * (workers - 1):.2f} of the {workers - 1} "
         "duplicate copies",
         ok=copies >= NEEDED * (workers - 1),
         found=f"{copies:.2f} copies",
@@ -410,6 +444,7 @@ def _report(result: DemoResult) -> None:
             [
                 line(f"PSS of the {workers} workers", before.pss_bytes, after.pss_bytes),
                 line("AnonPages of the host", before.anon_bytes, after.anon_bytes),
+                line("  less other processes", before.quiet_bytes, after.quiet_bytes),
             ],
         )
     )
@@ -424,7 +459,7 @@ def _report(result: DemoResult) -> None:
     if not settled.burst:
         show("At the host's own pace: speeding the scan up needs root.")
     if result.noisy:
-        show("AnonPages and PSS disagree: other processes' memory changed meanwhile.")
+        show("AnonPages and PSS disagree: other processes' memory changed too much meanwhile.")
     show("")
     for check in result.checks:
         word = ("ok     ", "bold green") if check.ok else ("FAILED ", "bold red")

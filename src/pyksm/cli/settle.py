@@ -9,7 +9,8 @@ from pyksm.cli._output import bar, human_seconds, json_option, print_json, show,
 from pyksm.host import Host
 from pyksm.process import Process
 from pyksm.result import human_bytes
-from pyksm.settling import SettleResult, Target, settle
+from pyksm.settling import SettleResult
+from pyksm.verbs import settle
 
 __all__ = ["command"]
 
@@ -33,7 +34,7 @@ def command(pids: tuple[int, ...], timeout: float | None, cpu: float, as_json: b
     for that time if you may write KSM's knobs (root); if not, it waits at the host's own pace.
     """
     host = Host()
-    targets: list[Target] = [Process(pid) for pid in pids] or [host]
+    targets: list[Process | Host] = [Process(pid) for pid in pids] or [host]
     with bar("Merging", quiet=as_json) as progress:
         result = settle(targets, timeout=timeout, cpu=cpu, progress=progress, host=host)
     if as_json:

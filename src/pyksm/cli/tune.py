@@ -9,7 +9,7 @@ import click
 from pyksm.cli import Exit
 from pyksm.cli._output import json_option, print_json, show, table
 from pyksm.host import Host
-from pyksm.knobs import KNOBS, Value
+from pyksm.knobs import KNOBS, Value, check
 from pyksm.lease import LeaseStatus
 
 __all__ = ["command"]
@@ -17,22 +17,16 @@ __all__ = ["command"]
 _NUMBER = re.compile(r"[+-]?[0-9]+\Z")
 
 
-class _Setting(click.ParamType):
-    """``KNOB=VALUE``, the value a number or a word."""
-
-    name = "knob=value"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Value]:
-        knob, equals, text = value.partition("=")
-        if not (knob and equals and text):
-            self.fail(f"{value!r} is not KNOB=VALUE, as in pages_to_scan=1000", param, ctx)
-        return knob, int(text) if _NUMBER.match(text) else text
+def _setting(text: str) -> tuple[str, Value]:
+    """Parse ``KNOB=VALUE``, the value a number or a word."""
+    knob, equals, value = text.partition("=")
+    if not (knob and equals and value):
+        raise click.BadParameter(f"{text!r} is not KNOB=VALUE, as in pages_to_scan=1000")
+    return knob, int(value) if _NUMBER.match(value) else value
 
 
 @click.command("tune")
-@click.argument("settings", metavar="[KNOB=VALUE]...", nargs=-1, type=_Setting())
+@click.argument("settings", metavar="[KNOB=VALUE]...", nargs=-1, type=_setting)
 @click.option("--restore", is_flag=True, help="Put back what programs that died left changed.")
 @click.option("--force", is_flag=True, help="With --restore: also what living programs hold.")
 @json_option
@@ -69,6 +63,11 @@ def _check_usage(settings: tuple[tuple[str, Value], ...], restore: bool, force: 
     for name in names:
         if names.count(name) > 1:
             raise click.UsageError(f"{name} is given twice")
+    if settings:
+        try:
+            check(dict(settings))
+        except (ValueError, TypeError) as error:
+            raise click.UsageError(str(error)) from error
 
 
 def _lease(host: Host) -> LeaseStatus | None:
