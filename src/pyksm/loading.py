@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from pyksm.arrays import Packer, keep_small
+from pyksm.arrays import Packer
+from pyksm.source import PIECE, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["load"]
 
-_PIECE = 1 << 20
 _LARGEST_SAFETENSORS_HEADER = 100_000_000  # as in the safetensors library
 _LARGEST_NPY_HEADER = 1 << 20
 _DEFLATE_AT_BEST = 1032  # no deflated byte stands for more
@@ -103,121 +103,6 @@ def _load(source: Source, allow_pickle: bool, missing_ok: bool) -> Any:
 def _looks_pickled(head: bytes) -> bool:
     # From protocol 2 (Python 2.3) on: PROTO and its number. Older ones begin with anything.
     return len(head) >= 2 and head[0] == 0x80 and 2 <= head[1] <= 5
-
-
-class Source:
-    """A file being read: its name and the place in it for error messages, and whole reads only."""
-
-    def __init__(self, file: IO[bytes], name: str, *, sized: bool = True) -> None:
-        self.file = file
-        self.name = name
-        self.place = 0
-        self._ahead = b""
-        self.size = _bytes_left(file) if sized else None
-        """Bytes from the start of reading to the end; None where that cannot be known."""
-
-    def fail(self, what: str) -> NoReturn:
-        raise ValueError(f"{self.name}: {what} (at byte {self.place})")
-
-    def peek(self, count: int) -> bytes:
-        """Return the next bytes, fewer at the end, and leave the file where it was if it can."""
-        head = _read_up_to(self.file, count)
-        if self.size is not None:
-            self.file.seek(-len(head), os.SEEK_CUR)
-        else:
-            self._ahead = head
-        return head
-
-    def need(self, nbytes: int, what: str) -> None:
-        """Fail if the file is known to end before these many bytes more."""
-        if self.size is not None and nbytes > self.size - self.place:
-            self.fail(f"{what} takes {nbytes} bytes, and {self.size - self.place} are left")
-
-    def read(self, count: int = -1) -> bytes:
-        """Read what there is up to count bytes: the file protocol, for decompressors and pickle."""
-        if count < 0:
-            data = self._ahead + self.file.read()
-            self._ahead = b""
-        elif self._ahead:
-            data, self._ahead = self._ahead[:count], self._ahead[count:]
-        else:
-            data = self.file.read(count) or b""
-        self.place += len(data)
-        return data
-
-    def read_exactly(self, count: int, what: str) -> bytes:
-        """Read count bytes or fail; never make room for more than the file holds."""
-        self.need(count, what)
-        data = self.read(count if self.size is not None else min(count, _PIECE))
-        if len(data) == count:
-            return data
-        pieces = [data]
-        while data and (count := count - len(data)):
-            data = self.read(min(count, _PIECE))
-            pieces.append(data)
-        if not data:
-            self.fail(f"the file ends within {what}")
-        return b"".join(pieces)
-
-    def readline(self) -> bytes:
-        line = b""
-        while not line.endswith(b"\n") and (character := self.read(1)):
-            line += character
-        return line
-
-    def fill(self, memory: Any, what: str) -> None:
-        """Read into memory until it is full."""
-        with memoryview(memory) as view, view.cast("B") as target:
-            done = 0
-            while done < target.nbytes:
-                got = self._read_some_into(target[done:])
-                if not got:
-                    self.fail(f"the file ends within {what}: {target.nbytes - done} bytes missing")
-                done += got
-                self.place += got
-
-    def read_array(
-        self, packer: Packer, shape: tuple[int, ...], dtype: np.dtype[Any], order: str, what: str
-    ) -> NDArray[Any]:
-        """Read the bytes of an array."""
-        import numpy as np
-
-        self.need(math.prod(shape) * dtype.itemsize, what)
-        array = packer.empty(shape, dtype, order)
-        if array.nbytes:
-            self.fill(array.reshape(-1, order="A").view(np.uint8), what)
-            keep_small(array)
-        return array
-
-    def _read_some_into(self, target: memoryview) -> int:
-        readinto = getattr(self.file, "readinto", None)
-        if self._ahead or readinto is None:
-            piece = self._ahead or self.file.read(min(target.nbytes, _PIECE))
-            count = min(len(piece), target.nbytes)
-            target[:count] = piece[:count]
-            self._ahead = self._ahead[count:]
-            return count
-        # BufferedIOBase.readinto (zip members, decompressors) reads it all aside first, so ask
-        # them for little; a real file puts it where it belongs.
-        whole = isinstance(self.file, (io.FileIO, io.BufferedReader, io.BytesIO))
-        return readinto(target if whole else target[:_PIECE]) or 0
-
-
-def _bytes_left(file: IO[bytes]) -> int | None:
-    try:
-        here = file.tell()
-        end = file.seek(0, os.SEEK_END)
-        file.seek(here)
-    except (OSError, AttributeError):  # a pipe; io.UnsupportedOperation is an OSError
-        return None
-    return end - here
-
-
-def _read_up_to(file: IO[bytes], count: int) -> bytes:
-    head = b""
-    while len(head) < count and (piece := file.read(count - len(head))):
-        head += piece
-    return head
 
 
 # --- .npy and .npz -----------------------------------------------------------------------------
@@ -418,7 +303,7 @@ def _open_lzma(source: Any) -> IO[bytes]:
 
 @contextmanager
 def _open_zlib(source: Any) -> Iterator[IO[bytes]]:
-    yield io.BufferedReader(_Inflated(source), _PIECE)
+    yield io.BufferedReader(_Inflated(source), PIECE)
 
 
 class _Inflated(io.RawIOBase):
@@ -435,7 +320,7 @@ class _Inflated(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         while not self._inflate.eof:
-            packed = self._inflate.unconsumed_tail or self._source.read(_PIECE)
+            packed = self._inflate.unconsumed_tail or self._source.read(PIECE)
             data = self._inflate.decompress(packed, len(target))
             if data:
                 target[: len(data)] = data

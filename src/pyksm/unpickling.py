@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pyksm.loading import Source
+    from pyksm.source import Source
 
     PythonUnpickler: TypeAlias = Any  # typeshed takes pickle._Unpickler for the one in C
 else:
