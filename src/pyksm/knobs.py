@@ -20,8 +20,6 @@ Values: TypeAlias = dict[str, Value]
 _U32: Final = 2**32 - 1
 _U64: Final = 2**64 - 1
 _ADVISORS: Final = ("none", "scan-time")
-# DEFAULT_PAGES_TO_SCAN in mm/ksm.c: what switching the advisor off leaves behind.
-_PAGES_AFTER_ADVISOR: Final = 100
 # What ksmd sleeps by default; see resolve().
 _DEFAULT_SLEEP: Final = 20
 
@@ -194,8 +192,8 @@ def _plan_speed(
             return []
         return [("pages_to_scan", pages)]
     if mode == "none":
-        rest = [] if pages in (None, _PAGES_AFTER_ADVISOR) else [("pages_to_scan", pages)]
-        return [("advisor_mode", mode), *rest]
+        writes: list[tuple[str, Value]] = [("advisor_mode", mode)]
+        return writes if pages is None else [*writes, ("pages_to_scan", pages)]
     if pages is None:
         return [("advisor_mode", mode)]
     # Going back to an advisor that had worked its way to this number: the kernel starts it from

@@ -143,18 +143,28 @@ class _State:
 class Claim:
     """One request of this process, from the moment it stands in the file."""
 
-    __slots__ = ("dropped", "id", "lease", "wanted")
+    __slots__ = ("abandoned", "dropped", "ending", "id", "lease", "wanted")
 
     def __init__(self, lease: Lease, wanted: Values) -> None:
         """Make up an id; the request itself is in the file."""
         self.id = secrets.token_hex(8)
         self.lease = lease
         self.wanted = dict(wanted)
-        self.dropped = False
+        self.dropped = self.ending = self.abandoned = False
+
+    def end(self) -> None:
+        """Undo the change from now on: an interrupted undoing must not become a keeping."""
+        self.ending = True
 
     def drop(self) -> None:
-        """Mark the change as kept for good; safe in ``__del__``, acted on at the next call."""
-        self.dropped = True
+        """Mark the change as kept for good; safe in ``__del__``, acted on at the next call.
+
+        If its undoing has begun and failed it is undone then, instead.
+        """
+        if self.ending:
+            self.abandoned = True
+        else:
+            self.dropped = True
 
 
 class _Mine:
@@ -236,7 +246,11 @@ class Lease:
         return claim
 
     def release(self, claim: Claim) -> Values:
-        """End a request; return the knobs of it that somebody else had set meanwhile."""
+        """End a request; return the knobs of it that somebody else had set meanwhile.
+
+        If it is interrupted, or a knob cannot be put back, the next call of anyone goes on.
+        """
+        claim.end()
         with self._locked() as dir_fd:
             state, current = self._begin(dir_fd)
             state.requests = [request for request in state.requests if request.id != claim.id]
@@ -375,10 +389,10 @@ class Lease:
             error.add_note(f"pyksm could not put the knobs back as well: {failure}")
 
     def _forget_kept(self, state: _State) -> None:
-        """Drop the claims whose folding into the originals is on record now."""
+        """Drop the claims whose folding into the originals, or whose end, is on record now."""
         standing = {request.id for request in state.requests}
         for claim in _mine.of(self):
-            if claim.dropped and claim.id not in standing:
+            if (claim.dropped or claim.abandoned) and claim.id not in standing:
                 _mine.claims.pop(claim.id, None)
 
     def _leave(self) -> None:
@@ -397,7 +411,8 @@ class Lease:
         if start is None or start != request.start:
             return False
         # Ours, but no claim: an interrupt came between the file and the caller.
-        return request.pid != os.getpid() or request.id in _mine.claims
+        claim = _mine.claims.get(request.id)
+        return request.pid != os.getpid() or (claim is not None and not claim.abandoned)
 
     # The file
 

@@ -353,6 +353,22 @@ def test_an_advisor_somebody_else_switched_off_stays_off(lease, kernel):
 # ---- keeping ----
 
 
+def test_an_undoing_that_failed_is_never_a_keeping(tmp_path, monkeypatch):
+    root = make_sysfs(tmp_path / "ksm")
+    host = Host(root, lease=tmp_path / "lease")
+
+    def interrupted(dir_fd):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with host.tune(pages_to_scan=5000):
+            patch.setattr(host.lease, "_begin", interrupted)
+    assert shown(root)["pages_to_scan"] == "5000"
+    host.lease.sweep()
+    assert shown(root)["pages_to_scan"] == "100"
+    assert lease_module._mine.claims == {}
+
+
 def test_a_dropped_change_is_what_the_knobs_go_back_to(lease, kernel, folder):
     lease.hold({"pages_to_scan": 300}).drop()
     strong = Lease(str(folder), kernel, name="ksm").hold({"pages_to_scan": 5000})
