@@ -391,7 +391,14 @@ Say = Callable[..., Finding]
 
 
 def _not_readable(process: Process, say: Say) -> Iterator[Finding]:
-    if process.is_self or _owner(process) == os.geteuid():
+    if os.geteuid() == 0:
+        yield say(
+            "not-readable",
+            "not even root may read it here (a container without CAP_SYS_PTRACE, or a security "
+            "module)",
+            "on the container's host: sudo pyksm doctor PID",
+        )
+    elif process.is_self or _owner(process) == os.geteuid():
         yield say(
             "not-dumpable",
             "it is not dumpable (set-uid, or prctl PR_SET_DUMPABLE 0), so its own user may not "

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -61,6 +61,10 @@ Exit status:
 """
 
 
+class _PipeBroken(Exception):  # noqa: N818 - no error
+    """Nobody reads standard output any more."""
+
+
 class _Commands(click.Group):
     """The commands, each loaded only when it is called."""
 
@@ -73,6 +77,13 @@ class _Commands(click.Group):
         command: click.Command = importlib.import_module(f"pyksm.cli.{cmd_name}").command
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse; ``--help`` prints here."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except BrokenPipeError:
+            raise _PipeBroken from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -82,10 +93,8 @@ class _Commands(click.Group):
         debug: bool = ctx.params["debug"]
         try:
             status = super().invoke(ctx)
-            sys.stdout.flush()
-        except BrokenPipeError:  # `pyksm status | head`
-            _close_stdout()
-            return Exit.BROKEN_PIPE
+        except BrokenPipeError:
+            raise _PipeBroken from None  # which click would take for a failure
         except KeyboardInterrupt:
             click.echo("pyksm: interrupted", err=True)
             return Exit.INTERRUPTED
@@ -110,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _signals():
         try:
             status = pyksm.main(arguments, prog_name="pyksm", standalone_mode=False)
+            sys.stdout.flush()
+        except (_PipeBroken, BrokenPipeError):  # `pyksm status | head`
+            _close_stdout()
+            return Exit.BROKEN_PIPE
         except click.ClickException as error:
             error.show()
             return error.exit_code

@@ -42,7 +42,13 @@ def console() -> Console:
     """Return a console on standard output as it is now."""
     from rich.console import Console
 
-    return Console(
+    class Quiet(Console):
+        """Leaves a closed pipe to ``main``; rich's own way is to exit with 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Quiet(
         file=sys.stdout,
         width=None if is_terminal() else PIPED_WIDTH,
         highlight=False,

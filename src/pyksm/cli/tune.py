@@ -33,10 +33,10 @@ def _setting(text: str) -> tuple[str, Value]:
 def command(
     settings: tuple[tuple[str, Value], ...], restore: bool, force: bool, as_json: bool
 ) -> int:
-    """Show KSM's knobs, set them for good, or put them back.
+    """Show KSM's knobs, set them, or put them back.
 
     The knobs are the files of /sys/kernel/mm/ksm, by their names; setting them needs root. All
-    are set, or none if one is refused. A program that holds a stronger request for the moment
+    are set, for good, or none if one is refused. A program that holds a stronger request for the moment
     (settle does) keeps it; your value comes after it.
     """
     host = Host()

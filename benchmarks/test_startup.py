@@ -1,0 +1,52 @@
+"""What ``import pyksm`` and ``pyksm --help`` cost, against a bare interpreter in the same run."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROUNDS = 21
+IMPORT_SECONDS = 0.010
+HELP_SECONDS = 0.120
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+
+CASES = {
+    "bare": ["-c", "pass"],
+    "import": ["-c", "import pyksm"],
+    "help": ["-m", "pyksm", "--help"],
+}
+
+
+def start(arguments: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, *arguments], env=ENV, stdout=subprocess.DEVNULL, check=True, timeout=60
+    )
+    return time.perf_counter() - began
+
+
+@pytest.fixture(scope="module")
+def seconds() -> dict[str, float]:
+    """Return the median of each case, the rounds interleaved; the first round warms caches."""
+    rounds = [{name: start(words) for name, words in CASES.items()} for _ in range(ROUNDS + 1)]
+    return {name: statistics.median(each[name] for each in rounds[1:]) for name in CASES}
+
+
+def test_import(benchmark, seconds: dict[str, float]) -> None:
+    benchmark.extra_info |= seconds
+    benchmark.pedantic(start, (CASES["import"],), rounds=3)
+    if benchmark.enabled:
+        assert seconds["import"] - seconds["bare"] <= IMPORT_SECONDS
+
+
+def test_help(benchmark, seconds: dict[str, float]) -> None:
+    benchmark.extra_info |= seconds
+    benchmark.pedantic(start, (CASES["help"],), rounds=3)
+    if benchmark.enabled:
+        assert seconds["help"] <= HELP_SECONDS
