@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyksm import _pages, _sys
-from pyksm.smaps import read_mappings
+from pyksm.smaps import Mapping, read_mappings, read_rollup
 
-__all__ = ["FrameFiles", "fork_sharing", "frame_files", "frames_readable", "survey"]
+__all__ = ["FrameFiles", "fork_sharing", "frame_files", "frames_readable", "survey", "survey_host"]
 
 Inherited = tuple[dict[int, int], set[int]]
 """How many mappings of each PFN came by fork; the addresses of those in one process."""
@@ -84,26 +84,54 @@ class Survey:
     zero: int
     saved: float
 
+    def __add__(self, other: Survey) -> Survey:
+        """Sum two, field by field."""
+        return Survey(
+            self.present + other.present,
+            self.shared + other.shared,
+            self.ksm + other.ksm,
+            self.zero + other.zero,
+            self.saved + other.saved,
+        )
+
 
 def survey(
     files: FrameFiles, ranges: list[tuple[int, int]], inherited: Inherited = ({}, set())
 ) -> Survey:
     """Count the pages of the ranges, as :func:`pyksm._pages.survey` does for one."""
-    counts = [
-        _pages.survey(files.pagemap, files.flags, files.counts, start, end, *inherited)
-        for start, end in ranges
-    ]
-    present, shared, ksm, zero, saved = (
-        (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0, 0, 0.0)
-    )
-    return Survey(int(present), int(shared), int(ksm), int(zero), float(saved))
+    total = Survey(0, 0, 0, 0, 0.0)
+    for start, end in ranges:
+        total += Survey(
+            *_pages.survey(files.pagemap, files.flags, files.counts, start, end, *inherited)
+        )
+    return total
+
+
+def survey_host(proc: Path | str = "/proc") -> Survey | None:
+    """Survey the merged memory of every process; None without the right to see page frames."""
+    if not frames_readable():
+        return None
+    inherited, by_process = _fork_sharing(proc)
+    total = Survey(0, 0, 0, 0, 0.0)
+    for pid in _pids(proc):
+        folder = f"{proc}/{pid}"
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if not read_rollup(f"{folder}/smaps_rollup").get("KSM", 1):
+                continue
+            ranges = [(m.start, m.end) for m in _merged_mappings(folder)]
+            with frame_files(folder) as files:
+                total += survey(files, ranges, (inherited, by_process.get(pid, set())))
+    return total
 
 
 def fork_sharing(pid: int, proc: Path | str = "/proc") -> Inherited:
     """Find the mappings of KSM pages, of every process, that a fork had shared already."""
+    inherited, by_process = _fork_sharing(proc)
+    return inherited, by_process.get(pid, set())
+
+
+def _fork_sharing(proc: Path | str) -> tuple[dict[int, int], dict[int, set[int]]]:
     family = _fork_parents(proc)
-    if not family:
-        return {}, set()
     frames: dict[int, dict[int, int]] = {}
 
     def frames_of(member: int) -> dict[int, int]:
@@ -112,7 +140,7 @@ def fork_sharing(pid: int, proc: Path | str = "/proc") -> Inherited:
         return frames[member]
 
     inherited: Counter[int] = Counter()
-    here: set[int] = set()
+    by_process: dict[int, set[int]] = {}
     for child in family:
         mine = frames_of(child).items()
         if not mine:
@@ -124,9 +152,8 @@ def fork_sharing(pid: int, proc: Path | str = "/proc") -> Inherited:
             shared.update(address for address, pfn in mine if theirs.get(address) == pfn)
             ancestor = family.get(ancestor)
         inherited.update(frames_of(child)[address] for address in shared)
-        if child == pid:
-            here = shared
-    return dict(inherited), here
+        by_process[child] = shared
+    return dict(inherited), by_process
 
 
 def _fork_parents(proc: Path | str) -> dict[int, int]:
@@ -136,12 +163,11 @@ def _fork_parents(proc: Path | str) -> dict[int, int]:
     have not called exec since they parted: both are random for every exec.
     """
     layouts: dict[int, tuple[int, tuple[bytes, bytes]]] = {}
-    for entry in os.scandir(proc):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = Path(entry.path, "stat").read_bytes().rpartition(b") ")[2].split()
-                if fields[25] != b"0":  # 0: a kernel thread, or not ours to see
-                    layouts[int(entry.name)] = int(fields[1]), (fields[23], fields[25])
+    for pid in _pids(proc):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = Path(proc, str(pid), "stat").read_bytes().rpartition(b") ")[2].split()
+            if fields[25] != b"0":  # 0: a kernel thread, or not ours to see
+                layouts[pid] = int(fields[1]), (fields[23], fields[25])
     return {
         pid: parent
         for pid, (parent, layout) in layouts.items()
@@ -153,11 +179,19 @@ def _ksm_frames(folder: str) -> dict[int, int]:
     try:
         with frame_files(folder) as files:
             frames: dict[int, int] = {}
-            for mapping in read_mappings(f"{folder}/smaps"):
-                if mapping.bytes_of("KSM") != 0 and mapping.mergeable:
-                    frames |= _pages.ksm_frames(
-                        files.pagemap, files.flags, mapping.start, mapping.end
-                    )
+            for mapping in _merged_mappings(folder):
+                frames |= _pages.ksm_frames(files.pagemap, files.flags, mapping.start, mapping.end)
             return frames
     except OSError:  # gone meanwhile, or not ours to read
         return {}
+
+
+def _merged_mappings(folder: str) -> Iterator[Mapping]:
+    """Yield the mappings that hold merged pages; before Linux 6.6 all marked ones."""
+    for mapping in read_mappings(f"{folder}/smaps"):
+        if mapping.mergeable and mapping.bytes_of("KSM") != 0:
+            yield mapping
+
+
+def _pids(proc: Path | str) -> list[int]:
+    return [int(entry.name) for entry in os.scandir(proc) if entry.name.isdigit()]

@@ -16,6 +16,7 @@ from typing import Final
 
 from pyksm import _sys
 from pyksm.errors import KsmError, NotSupported
+from pyksm.frames import survey_host
 from pyksm.headroom import require
 from pyksm.knobs import KNOBS, Value, Values, check
 from pyksm.lease import Lease, LeaseStatus
@@ -94,7 +95,7 @@ class HostCounters(Result):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HostStats(Result):
-    """What is merged on this host, by the kernel's counters."""
+    """What is merged on this host."""
 
     nbytes: int | None
     """Bytes of all the pages ksmd tracks, in every process."""
@@ -107,7 +108,8 @@ class HostStats(Result):
     overhead_bytes: int | None
     """Kernel memory for the tracking: 64 bytes a tracked page and a merged page."""
     source: str
-    """``counters``: not live. Stale until ksmd's next lap, and inflated by fork."""
+    """``processes``: live, from the page frames of every process. ``counters``: the kernel's,
+    stale until ksmd's next lap, and inflated by fork."""
     counters: HostCounters
 
 
@@ -218,16 +220,27 @@ class Host:
         return result
 
     def stats(self) -> HostStats:
-        """Tell what is merged on the host and what it saves, by the kernel's counters.
+        """Tell what is merged on the host now, and what it saves.
 
-        ``saved_bytes`` is ``(pages_sharing + ksm_zero_pages)`` pages less the kernel's own 64
-        bytes a tracked and a merged page. The counters are as old as ksmd's last visit, and count
-        as saved what processes share by fork anyway; ``source`` says that this is where the
-        figures are from.
+        With CAP_SYS_ADMIN the merged pages of every process are looked at, which is live, does
+        not count what fork shares anyway, and takes some milliseconds a GiB marked. Without it
+        the figures are the kernel's counters: ``(pages_sharing + ksm_zero_pages)`` pages, as old
+        as ksmd's last visit and inflated by fork. ``source`` says which it is. Less, in both, the
+        kernel's own 64 bytes a tracked and a merged page.
         """
         with contextlib.suppress(OSError, KsmError):
             self.lease.sweep()
-        return _stats(self.counters())
+        stats = _stats(self.counters())
+        live = survey_host(self._proc) if os.path.realpath(self.root) == _SYSFS else None
+        if live is None:
+            return stats
+        zero, overhead = stats.zero_bytes or 0, stats.overhead_bytes or 0
+        return dataclasses.replace(
+            stats,
+            merged_bytes=live.ksm * _sys.PAGE_SIZE + zero,
+            saved_bytes=round(live.saved * _sys.PAGE_SIZE) + zero - overhead,
+            source="processes",
+        )
 
     def ksmd_cpu_seconds(self) -> float | None:
         """Return the CPU seconds ksmd has used since boot; ``None`` where it cannot be seen.

@@ -9,11 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from support import Ksmd, counter, knobs, spawn, wait_until
+from test_demo import ENV
+
 from pyksm._buffer import Buffer
 from pyksm.cli import Exit, main
 from pyksm.process import Process
-from support import Ksmd, counter, knobs, spawn, wait_until
-from test_demo import ENV
 
 MIB = 1 << 20
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pyksm.cli import Exit
 from support import Ksmd, knobs, spawn, wait_until
+
+from pyksm.cli import Exit
 
 SRC = Path(__file__).parents[2] / "src"
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(SRC), *filter(None, sys.path)])}
@@ -143,17 +144,12 @@ def as_nobody(*argv: str) -> None:
     import os
     import sys
 
-    import click
-    import numpy
-    import psutil
     import pyksm.cli
     import pyksm.cli.demo
     import pyksm.cli.doctor
     import pyksm.cli.settle
     import pyksm.cli.status
     import pyksm.cli.tune
-    import rich.console
-    import rich.table
 
     sys.stderr = sys.stdout
     os.setgroups([])

@@ -11,12 +11,13 @@ from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 import pytest
+from support import Ksmd, spawn, wait_until
+
 from pyksm._buffer import Buffer
 from pyksm.diagnosis import CODES, Finding, doctor
 from pyksm.process import Process
 from pyksm.region import Region
 from pyksm.verbs import merge, settle
-from support import Ksmd, spawn, wait_until
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE

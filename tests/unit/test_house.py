@@ -39,6 +39,7 @@ SAME_FLOOR = {
     ("marks", "smaps"),
     ("marks", "headroom"),
     ("host", "headroom"),
+    ("host", "frames"),
     ("process", "undo"),
     ("process", "smaps"),
     ("process", "frames"),

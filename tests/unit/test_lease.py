@@ -360,9 +360,12 @@ def test_an_undoing_that_failed_is_never_a_keeping(tmp_path, monkeypatch):
     def interrupted(dir_fd):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        with host.tune(pages_to_scan=5000):
-            patch.setattr(host.lease, "_begin", interrupted)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        host.tune(pages_to_scan=5000),
+    ):
+        patch.setattr(host.lease, "_begin", interrupted)
     assert shown(root)["pages_to_scan"] == "5000"
     host.lease.sweep()
     assert shown(root)["pages_to_scan"] == "100"

@@ -36,8 +36,8 @@ def command(
     """Show KSM's knobs, set them, or put them back.
 
     The knobs are the files of /sys/kernel/mm/ksm, by their names; setting them needs root. All
-    are set, for good, or none if one is refused. A program that holds a stronger request for the moment
-    (settle does) keeps it; your value comes after it.
+    are set, for good, or none if one is refused. A program that holds a stronger request for the
+    moment (settle does) keeps it; your value comes after it.
     """
     host = Host()
     _check_usage(settings, restore, force)
