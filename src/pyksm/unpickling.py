@@ -84,13 +84,6 @@ class Unpickler(PythonUnpickler):  # type: ignore[misc]
         self._packer = packer
         super().__init__(self._feed)
 
-    def load(self) -> Any:
-        """Return the object; let go of all else."""
-        try:
-            return super().load()
-        finally:
-            self.memo.clear()
-
     def find_class(self, module: str, name: str) -> Any:
         """Put our own in the place of the function that makes arrays."""
         if name == "_frombuffer" and module in ("numpy.core.numeric", "numpy._core.numeric"):

@@ -263,6 +263,10 @@ def test_pickles_are_refused_unless_allowed(tmp_path):
     for name in ("p", "z", "o.npy", "o.npz"):
         with pytest.raises(ValueError, match="allow_pickle=True"):
             load(tmp_path / name)
+    file = io.BytesIO(bomb())
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        load(file)
+    assert file.tell() == 0
     assert trusting(tmp_path / "o.npy").tolist() == [None, 1]
     assert trusting(tmp_path / "o.npz")["o"].tolist() == [None, 1]
 
