@@ -569,15 +569,11 @@ def _refuse_nonsense(current: Values, after: Values, wanted: Values) -> None:
 
 
 def _foreign(state: _State, current: Values) -> list[str]:
-    """Name the knobs that read what the lease never wrote."""
-    advisor_rules = current.get("advisor_mode") == "scan-time"
-    mode_is_ours = "scan-time" in state.written.get("advisor_mode", [])
-    return [
-        name
-        for name, allowed in state.written.items()
-        if current[name] not in allowed
-        and not (name == "pages_to_scan" and advisor_rules and mode_is_ours)
-    ]
+    """Name the knobs that read what the lease never wrote.
+
+    ``written`` leaves out pages_to_scan while the advisor of one of us sets it.
+    """
+    return [name for name, allowed in state.written.items() if current[name] not in allowed]
 
 
 def _parse(text: bytes, boot_id: str) -> _State:
