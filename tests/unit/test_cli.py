@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from fakeksm import make_sysfs, shown
+
 from pyksm import cli
 from pyksm.cli import COMMANDS, Exit, main
 from pyksm.errors import KsmError, NotSupported

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakeksm import make_sysfs
+
 from pyksm.cli import Exit, demo, main
 from pyksm.cli._demo_worker import Worker, _views, digest, file_digest
 from pyksm.errors import KsmError

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakeksm import make_sysfs
+
 from pyksm.cli import Exit, main, status
 from pyksm.cli._output import console
 from pyksm.cli.status import Rates, Snapshot, _page, _pages, _rates

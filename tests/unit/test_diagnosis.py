@@ -1,4 +1,4 @@
-"""``doctor`` on made-up hosts and processes; tests/kernel/test_diagnosis_kernel.py has real ones."""
+"""``doctor`` on made-up hosts and processes; tests/kernel has real ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakeksm import make_sysfs
+
 from pyksm import diagnosis
 from pyksm.diagnosis import CODES, SEVERITIES, Finding, doctor, merge_seconds
 from pyksm.errors import NotSupported
