@@ -7,7 +7,7 @@ Importing pyksm loads no numpy, starts nothing and changes nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # not from typing, whose import takes longer than all the rest of this one
 
 if TYPE_CHECKING:
     from pyksm._buffer import Buffer

@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import Ksmd, counter, knobs, spawn, wait_until
-from test_demo import ENV
 
 from pyksm._buffer import Buffer
 from pyksm.cli import Exit, main
 from pyksm.process import Process
 
 MIB = 1 << 20
+SRC = Path(__file__).parents[2] / "src"
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(SRC), *filter(None, sys.path)])}
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel("smaps")]
 
@@ -61,7 +63,7 @@ def test_settle_without_pids_is_for_the_host(capsys: pytest.CaptureFixture[str])
         two.expect("ready")
         assert main(["settle"]) == Exit.OK
         text = capsys.readouterr().out
-        assert text.startswith("Merging ...\nMerged ")
+        assert text.startswith("Merging ...\nMerged: ")
         assert Process(two.pid).stats().merged_bytes == pytest.approx(8 * MIB, rel=0.1)
 
 

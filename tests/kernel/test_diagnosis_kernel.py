@@ -15,8 +15,10 @@ from support import Ksmd, spawn, wait_until
 
 from pyksm._buffer import Buffer
 from pyksm.diagnosis import CODES, Finding, doctor
+from pyksm.host import Host
 from pyksm.process import Process
 from pyksm.region import Region
+from pyksm.smaps import read_mappings
 from pyksm.verbs import merge, settle
 
 MIB = 1 << 20
@@ -120,6 +122,11 @@ def test_a_file(tmp_path: object) -> None:
         file.truncate(MIB)
         with mmap.mmap(file.fileno(), MIB, flags=mmap.MAP_PRIVATE) as mapped:
             assert "file" in about(mapped)
+
+
+def test_special_memory() -> None:
+    (vdso,) = [m for m in read_mappings("/proc/self/smaps") if m.path == "[vdso]"]
+    assert "special" in about((ctypes.c_char * vdso.nbytes).from_address(vdso.start))
 
 
 def test_droppable_and_secret_memory() -> None:
@@ -287,7 +294,8 @@ def test_a_process_that_gains_nothing(ksmd: Ksmd) -> None:
     ksmd.laps(2)
     found = {f.code for f in doctor(Process())}
     assert "profit-negative" in found - before
-    assert "host-profit-negative" in found
+    gains = (Host().stats().saved_bytes or 0) >= 0  # others on this host may save more
+    assert gains or "host-profit-negative" in found
 
 
 def test_every_finding_has_words_and_a_known_code() -> None:

@@ -1,4 +1,4 @@
-"""``doctor`` on made-up hosts and processes; test_diagnosis_kernel.py has real ones."""
+"""``doctor`` on made-up hosts and processes; tests/kernel has real ones."""
 
 from __future__ import annotations
 

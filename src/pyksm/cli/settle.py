@@ -35,6 +35,8 @@ def command(pids: tuple[int, ...], timeout: float | None, cpu: float, as_json: b
     """
     host = Host()
     targets: list[Process | Host] = [Process(pid) for pid in pids] or [host]
+    for target in targets:
+        target.stats()  # one that may not be read is told in words before anything is changed
     with bar("Merging", quiet=as_json) as progress:
         result = settle(targets, timeout=timeout, cpu=cpu, progress=progress, host=host)
     if as_json:
