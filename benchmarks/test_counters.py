@@ -32,7 +32,7 @@ def test_counters_take_a_fifteenth_of_opening_each(benchmark):
 
     host.counters()
     plain, fast = [], []
-    for _ in range(60):  # interleaved, so that a busy moment meets both
+    for _ in range(150):  # interleaved, so that a busy moment meets both
         plain.append(seconds(open_each))
         fast.append(seconds(host.counters))
     ratio = statistics.median(plain) / statistics.median(fast)

@@ -119,6 +119,7 @@ _INT_NAMES: Final = tuple(name for name in _NAMES if name != "advisor_mode")
 # class goes through object.__setattr__ for each of 24 fields.
 _SET_INT: Final = tuple(HostCounters.__dict__[name].__set__ for name in _INT_NAMES)
 _SET_MODE: Final = HostCounters.__dict__["advisor_mode"].__set__
+_MODES: Final = {b"[none] scan-time\n": "none", b"none [scan-time]\n": "scan-time"}
 
 
 class Host:
@@ -216,7 +217,7 @@ class Host:
             put(result, value)
         for put in missing:
             put(result, None)  # type: ignore[operator]
-        _SET_MODE(result, None if mode is None else _word(mode))
+        _SET_MODE(result, None if mode is None else _MODES.get(mode) or _word(mode))
         return result
 
     def stats(self) -> HostStats:
