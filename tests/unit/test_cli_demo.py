@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakeksm import make_sysfs
+from support import wait_until
 
 from pyksm.cli import Exit, demo, main
 from pyksm.cli._demo_worker import Worker, _views, digest, file_digest
@@ -133,6 +134,10 @@ def test_workers_are_fresh_interpreters(tmp_path: Path) -> None:
     with demo._team(tmp_path, 2) as team:
         assert len(set(team.pids)) == 2
         for pid in team.pids:
+            # exec is over for us a moment before the kernel shows the new command line
+            wait_until(
+                lambda pid=pid: b"_demo_worker" in Path(f"/proc/{pid}/cmdline").read_bytes(), 10
+            )
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             assert words[0].decode() == sys.executable
             assert os.getsid(pid) == pid, "Ctrl-C must reach only the command"
