@@ -26,7 +26,7 @@ from support import (
 )
 
 ROOT = Path(__file__).parent
-PURE = {"errors", "result", "undo", "rules"}
+PURE = {"errors", "knobs", "result", "undo", "rules"}
 """Modules whose doctests need no kernel."""
 
 LOCK = pytest.StashKey[HostLock]()

@@ -55,7 +55,8 @@ nitpick_ignore_regex += [
 
 # numpy.typing's aliases lose their module in annotations; the docstrings say what is taken.
 nitpick_ignore_regex += [
-    ("py:class", r"(ArrayLike|DTypeLike|NDArray|Order|LikeOrder|Shape|(.*\.)?T|Progress|.*CapsuleType)"),
+    ("py:class", r"(ArrayLike|DTypeLike|NDArray|Order|LikeOrder|Shape|Progress)"),
+    ("py:class", r"(.*\.)?(T|CapsuleType)"),
     ("py:mod", "contextvars"),
 ]
 

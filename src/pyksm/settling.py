@@ -366,8 +366,8 @@ class _Throttle:
         pages = max(1, round(self.pages * min(2.0, max(0.5, self.cpu / max(share, 1e-3)))))
         if pages != self.pages:
             self.pages = pages
-            self.request.undo()
-            self.request = self._ask()
+            before, self.request = self.request, self._ask()  # never back to the host's own pace
+            before.undo()
 
     def release(self) -> None:
         self.request.undo()

@@ -91,7 +91,8 @@ class Undo:
                 self._revert = None
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return itself; what a ``with`` bounds is never taken for a change to be kept."""
+        self._keep = _nothing
         return self
 
     def __exit__(

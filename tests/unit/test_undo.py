@@ -100,3 +100,11 @@ def test_all_keeps_its_parts_when_thrown_away() -> None:
     Undo.all([Undo(lambda: None, keep=lambda: kept.append(1)) for _ in range(2)])
     gc.collect()
     assert kept == [1, 1]
+
+
+def test_one_that_was_entered_is_never_kept() -> None:
+    """An exception in the first bytecodes of __exit__ drops it without undoing."""
+    kept: list[int] = []
+    Undo(lambda: None, keep=lambda: kept.append(1)).__enter__()
+    gc.collect()
+    assert not kept
