@@ -1,8 +1,11 @@
 from types import TracebackType
 from typing import Never, Self, SupportsIndex
 
+from typing_extensions import disjoint_base
+
 __all__ = ["Buffer", "live"]
 
+@disjoint_base
 class Buffer:
     def __new__(cls, nbytes: SupportsIndex, *, missing_ok: bool = False) -> Self: ...
     @property

@@ -1,9 +1,10 @@
-from typing import Final, TypedDict
+from typing import Final, TypedDict, type_check_only
 
 from typing_extensions import CapsuleType
 
 NOTHING: Final[int]
 
+@type_check_only
 class Counters(TypedDict):
     live_arrays: int
     live_bytes: int

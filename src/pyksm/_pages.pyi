@@ -1,3 +1,7 @@
+from typing import Final
+
+PAGE_SIZE: Final[int]
+
 def survey(
     pagemap_fd: int,
     flags_fd: int,

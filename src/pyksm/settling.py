@@ -156,18 +156,22 @@ class SettleResult(Result):
 class Convergence:
     """Decide from what is merged at the end of each lap whether more laps would merge more."""
 
+    before: int
     merged: list[int] = field(default_factory=list)
 
     def lap_ended(self, merged: int) -> bool:
         """Note a lap; True if it brought nothing, and enough laps have passed to tell.
 
+        As long as nothing has merged at all one lap more is given: a process is put behind the
+        cursor when it first marks memory, so the first lap may pass it by (__ksm_enter).
+
         Memory that others keep writing merges and breaks for ever: a gain below one part in two
         thousand of what is merged is taken for that.
         """
         self.merged.append(merged)
-        if len(self.merged) < FEWEST_LAPS:
+        if len(self.merged) < FEWEST_LAPS + (merged <= self.before):
             return False
-        gain = self.merged[-1] - max(self.merged[:-1])
+        gain = merged - max(self.merged[:-1])
         return gain <= merged // 2000
 
 
@@ -236,7 +240,7 @@ class _Run:
 
     def wait(self, steer: Steer | None) -> None:
         """Return when a lap brings nothing more, everything is merged, or the time is up."""
-        convergence = Convergence()
+        convergence = Convergence(self.before.merged)
         lap = self.full_scans()
         next_look = time.monotonic() + LOOK_SECONDS
         while not self.is_time_up():
