@@ -424,7 +424,7 @@ def _owner(process: Process) -> int | None:
 
 def _merge_any(process: Process, say: Say) -> Iterator[Finding]:
     if process.is_self:
-        asked = any(switch.on for switch in ledger._switches)
+        asked = any(switch.on for switch in ledger.switches)
     else:
         asked = not _parent_merges(process)
     if not asked:
@@ -591,7 +591,7 @@ def _not_aligned(regions: list[Region]) -> Iterator[Finding]:
     page = _sys.PAGE_SIZE
     for index, region in enumerate(regions):
         for other in regions[:index]:
-            mine, theirs = region._view, other._view
+            mine, theirs = region.view, other.view
             here, there = _sys.address_of(mine) % page, _sys.address_of(theirs) % page
             if here == there or mine.nbytes != theirs.nbytes:
                 continue
@@ -645,8 +645,8 @@ def _checksums(region: Region) -> dict[int, int]:
     stats = region.stats()
     if stats.resident_bytes != stats.nbytes:
         return {}  # looking would make the pages: reading maps the zero page
-    view = _flat(region._view)
-    lead = region.address - _sys.address_of(region._view)
+    view = _flat(region.view)
+    lead = region.address - _sys.address_of(region.view)
     step = max(1, region.nbytes // page // WATCHED_PAGES) * page
     return {
         offset: zlib.crc32(view[lead + offset : lead + offset + page])

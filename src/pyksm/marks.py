@@ -146,7 +146,7 @@ class Ledger:
         self._holder: int | None = None
         self._spans: list[Span] = []
         self._orphans: list[Claim] = []
-        self._switches: list[Switch] = []
+        self.switches: list[Switch] = []
         self._switched_from = False
         self._marked_before: list[Range] = []
         self._watching_forks = False
@@ -217,21 +217,21 @@ class Ledger:
     def switch(self, on: bool, *, force: bool = False) -> Switch:
         """Ask for PR_SET_MEMORY_MERGE on or off; what pyksm's own claims want stays so."""
         with self._locked():
-            if not self._switches:
+            if not self.switches:
                 self._switched_from = _sys.get_memory_merge()
             switch = Switch(on)
             self._throw(on, force=force)
-            self._switches = [s for s in self._switches if not s.kept] + [switch]
+            self.switches = [s for s in self.switches if not s.kept] + [switch]
             return switch
 
     def end_switch(self, switch: Switch) -> None:
         """Take a process-wide request back; the newest of those left holds."""
         with self._locked():
-            if switch not in self._switches:
+            if switch not in self.switches:
                 return
-            left = [other for other in self._switches if other is not switch]
+            left = [other for other in self.switches if other is not switch]
             self._throw(left[-1].on if left else self._switched_from)
-            self._switches = left
+            self.switches = left
 
     def _throw(self, on: bool, *, force: bool = False) -> None:
         if _sys.get_memory_merge() == on:
@@ -400,7 +400,7 @@ class Ledger:
         for span in self._spans:
             for claim in span.claims:
                 claim.kept = True
-        for switch in self._switches:
+        for switch in self.switches:
             switch.kept = True
 
 

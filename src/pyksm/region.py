@@ -60,19 +60,19 @@ class Region:
     <pyksm.Region: 1.0 MiB of Buffer>
     """
 
-    __slots__ = ("__weakref__", "_view", "address", "nbytes", "obj")
+    __slots__ = ("__weakref__", "address", "nbytes", "obj", "view")
 
     def __init__(self, obj: object) -> None:
         """Find the whole pages of ``obj``; nothing is changed."""
         self.obj = obj
-        self._view = _flat_view(obj)
+        self.view = _flat_view(obj)
         page = _sys.PAGE_SIZE
-        start = _sys.address_of(self._view)
+        start = _sys.address_of(self.view)
         first = -(-start // page) * page
-        last = (start + self._view.nbytes) // page * page
+        last = (start + self.view.nbytes) // page * page
         if last <= first:
             raise NotSupported(
-                f"{_name(obj)} of {self._view.nbytes} bytes at {start:#x} holds no whole page of "
+                f"{_name(obj)} of {self.view.nbytes} bytes at {start:#x} holds no whole page of "
                 f"{page} bytes",
                 hint="Only whole pages merge: use objects of several pages, or pyksm.copy(obj), "
                 "which aligns them",
