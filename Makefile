@@ -56,7 +56,7 @@ bench: build $(VENV)/.group-bench $(VENV)/.model  ## measure; ratios within one 
 	$(PY) -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 bench-quick: build $(VENV)/.group-bench $(VENV)/.model  ## run each benchmark once, so that none rots
-	$(PY) -m pytest benchmarks --benchmark-disable $(PYTEST_ARGS)
+	PYKSM_BENCH_QUICK=1 $(PY) -m pytest benchmarks --benchmark-disable $(PYTEST_ARGS)
 
 campaign: build $(VENV)/.group-test  ## the slow tests at full length (many rounds)
 	PYKSM_CAMPAIGN=1 $(PY) -m pytest -m slow --timeout=3600 $(PYTEST_ARGS)

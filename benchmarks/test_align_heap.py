@@ -44,10 +44,10 @@ def seconds(kind: str, nbytes: int) -> float:
 
 
 @pytest.mark.parametrize("nbytes", [100 << 10, 1 << 20, 16 << 20])
-def test_large_temporaries(benchmark: object, nbytes: int) -> None:
+def test_large_temporaries(benchmark: object, slack: float, nbytes: int) -> None:
     """Report how many times longer alloc + fill + free of a temporary takes."""
     rounds = [(seconds("default", nbytes), seconds("aligned", nbytes)) for _ in range(3)]
     ratio = statistics.median(aligned / default for default, aligned in rounds)
     benchmark.extra_info["ratio to glibc's default"] = round(ratio, 2)  # type: ignore[attr-defined]
     benchmark.pedantic(seconds, args=("aligned", nbytes), rounds=1)  # type: ignore[attr-defined]
-    assert ratio < 60
+    assert ratio < 60 * slack

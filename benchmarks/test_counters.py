@@ -21,7 +21,7 @@ def seconds(call) -> float:
     return time.perf_counter() - started
 
 
-def test_counters_take_a_fifteenth_of_opening_each(benchmark):
+def test_counters_take_a_fifteenth_of_opening_each(benchmark, slack):
     host = Host()
     paths = [str(path) for path in Path(SYSFS).iterdir()]
 
@@ -39,4 +39,4 @@ def test_counters_take_a_fifteenth_of_opening_each(benchmark):
     benchmark.extra_info["times faster"] = ratio
     benchmark(host.counters)
     host.close()
-    assert ratio >= 15
+    assert ratio >= 15 / slack

@@ -50,47 +50,47 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_npy(benchmark, folder):
+def test_npy(benchmark, slack, folder):
     def theirs():
         return np.load(folder / "a.npy")
 
-    assert ratio(benchmark, lambda: pyksm.load(folder / "a.npy"), theirs) < 1.25
+    assert ratio(benchmark, lambda: pyksm.load(folder / "a.npy"), theirs) < 1.25 * slack
 
 
-def test_npz(benchmark, folder):
+def test_npz(benchmark, slack, folder):
     def theirs():
         with np.load(folder / "a.npz") as archive:
             return archive["a"]
 
-    assert ratio(benchmark, lambda: pyksm.load(folder / "a.npz"), theirs) < 1.25
+    assert ratio(benchmark, lambda: pyksm.load(folder / "a.npz"), theirs) < 1.25 * slack
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_pickle(benchmark, folder, protocol):
+def test_pickle(benchmark, slack, folder, protocol):
     path = folder / f"p{protocol}"
 
     def theirs():
         with path.open("rb") as file:
             return pickle.load(file)
 
-    assert ratio(benchmark, lambda: pyksm.load(path, allow_pickle=True), theirs) < 1.25
+    assert ratio(benchmark, lambda: pyksm.load(path, allow_pickle=True), theirs) < 1.25 * slack
 
 
-def test_safetensors(benchmark, tmp_path):
+def test_safetensors(benchmark, slack, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     path = tmp_path / "a.safetensors"
     safetensors.save_file({"a": np.random.default_rng(0).random(NBYTES // 8)}, path)
     ours = ratio(benchmark, lambda: pyksm.load(path), lambda: safetensors.load_file(path))
-    assert ours < 1.25
+    assert ours < 1.25 * slack
 
 
-def test_copy(benchmark):
+def test_copy(benchmark, slack):
     source = {"a": np.ones(NBYTES // 8)}
-    assert ratio(benchmark, lambda: pyksm.copy(source), lambda: source["a"].copy()) < 1.25
+    assert ratio(benchmark, lambda: pyksm.copy(source), lambda: source["a"].copy()) < 1.25 * slack
 
 
 @pytest.mark.parametrize("size", [4096, 65536, 1 << 20, 64 << 20, (64 << 20) + 4096])
-def test_creation(benchmark, size):
+def test_creation(benchmark, slack, size):
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
     def ours():
@@ -102,11 +102,11 @@ def test_creation(benchmark, size):
             mmap.mmap(-1, size, flags=flags).madvise(12)
 
     # Two more calls from 2 MiB on (huge pages, and the tail of an odd size).
-    assert ratio(benchmark, ours, theirs) < (1.25 if size < 2 << 20 else 2.5)
+    assert ratio(benchmark, ours, theirs) < (1.25 if size < 2 << 20 else 2.5) * slack
 
 
-def test_first_touch(benchmark):
+def test_first_touch(benchmark, slack):
     def theirs():
         return np.empty(NBYTES, "u1").fill(1)
 
-    assert ratio(benchmark, lambda: pyksm.full(NBYTES, 1, "u1"), theirs) < 1.25
+    assert ratio(benchmark, lambda: pyksm.full(NBYTES, 1, "u1"), theirs) < 1.25 * slack

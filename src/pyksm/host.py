@@ -12,7 +12,8 @@ import stat
 import threading
 import warnings
 import weakref
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from pyksm import _sys
 from pyksm.errors import KsmError, NotSupported
@@ -115,11 +116,54 @@ class HostStats(Result):
 
 _NAMES: Final = tuple(field.name for field in dataclasses.fields(HostCounters))
 _INT_NAMES: Final = tuple(name for name in _NAMES if name != "advisor_mode")
-# Setting the slots directly halves the cost of a counters(): the generated __init__ of a frozen
-# class goes through object.__setattr__ for each of 24 fields.
-_SET_INT: Final = tuple(HostCounters.__dict__[name].__set__ for name in _INT_NAMES)
-_SET_MODE: Final = HostCounters.__dict__["advisor_mode"].__set__
 _MODES: Final = {b"[none] scan-time\n": "none", b"none [scan-time]\n": "scan-time"}
+
+
+class _Draft(Result):
+    """A HostCounters that can still be written, and then becomes one.
+
+    The generated ``__init__`` of a frozen class takes four times as long: it goes through
+    ``object.__setattr__`` for each of 24 fields.
+    """
+
+    __slots__ = _NAMES
+    # Both, or CPython takes the slow way for each assignment (update_one_slot, typeobject.c).
+    __setattr__ = object.__setattr__
+    __delattr__ = object.__delattr__
+
+
+def _frozen(values: Sequence[int | None], mode: str | None) -> HostCounters:
+    """Make the counters of their values, in the order of ``_INT_NAMES``, and the advisor's mode."""
+    draft: Any = _Draft()
+    (
+        draft.run,
+        draft.pages_to_scan,
+        draft.sleep_millisecs,
+        draft.smart_scan,
+        draft.use_zero_pages,
+        draft.merge_across_nodes,
+        draft.max_page_sharing,
+        draft.stable_node_chains_prune_millisecs,
+        draft.advisor_max_cpu,
+        draft.advisor_min_pages_to_scan,
+        draft.advisor_max_pages_to_scan,
+        draft.advisor_target_scan_time,
+        draft.full_scans,
+        draft.pages_shared,
+        draft.pages_sharing,
+        draft.pages_unshared,
+        draft.pages_volatile,
+        draft.pages_scanned,
+        draft.pages_skipped,
+        draft.ksm_zero_pages,
+        draft.general_profit,
+        draft.stable_node_chains,
+        draft.stable_node_dups,
+    ) = values
+    draft.advisor_mode = mode
+    draft.__class__ = HostCounters
+    counters: HostCounters = draft
+    return counters
 
 
 class Host:
@@ -154,8 +198,7 @@ class Host:
         self._proc = proc
         self._lock = threading.Lock()
         self._fds: tuple[int, ...] = ()
-        self._setters = _SET_INT
-        self._missing: tuple[object, ...] = ()
+        self._present: tuple[bool, ...] = ()
         self._mode_fd: int | None = None
         self._is_open = False
         self._is_closed = False
@@ -208,17 +251,14 @@ class Host:
                 self._open()
             values = _sys.pread_ints(self._fds)
             mode = None if self._mode_fd is None else os.pread(self._mode_fd, 64, 0)
-            setters, missing = self._setters, self._missing
+            present = self._present
         if None in values:
             self._files.read_all(_INT_NAMES)  # names the culprit
             raise KsmError(f"{self.root}: a counter could not be read")
-        result: HostCounters = object.__new__(HostCounters)
-        for put, value in zip(setters, values, strict=True):
-            put(result, value)
-        for put in missing:
-            put(result, None)  # type: ignore[operator]
-        _SET_MODE(result, None if mode is None else _MODES.get(mode) or _word(mode))
-        return result
+        if False in present:
+            places = iter(values)
+            values = [next(places) if there else None for there in present]
+        return _frozen(values, None if mode is None else _MODES.get(mode) or _word(mode))
 
     def stats(self) -> HostStats:
         """Tell what is merged on the host now, and what it saves.
@@ -396,9 +436,7 @@ class Host:
         by_name = dict(zip(names, opened, strict=True))
         self._mode_fd = by_name.pop("advisor_mode", None)
         self._fds = tuple(by_name.values())
-        setters = dict(zip(_INT_NAMES, _SET_INT, strict=True))
-        self._setters = tuple(setters[name] for name in by_name)
-        self._missing = tuple(put for name, put in setters.items() if name not in by_name)
+        self._present = tuple(name in by_name for name in _INT_NAMES)
         self._is_open = True
 
 
