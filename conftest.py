@@ -8,7 +8,9 @@ it. ``PYKSM_KERNEL_TESTS`` unset runs what can run, ``1`` makes a missing prereq
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import sys
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -100,6 +102,7 @@ def _ksm_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
     if not needs(request.node) or capabilities()["knobs"]:
         yield
         return
+    _forget_kept_memory()
     before = knobs()
     if before["run"] != "0" and kernel_tests() != "require":
         pytest.skip(
@@ -117,6 +120,14 @@ def _ksm_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
     if left:
         changes = ", ".join(f"{name}={left[name]} (was {clean[name]})" for name in left)
         pytest.fail(f"the test left knobs changed: {changes}", pytrace=False)
+
+
+def _forget_kept_memory() -> None:
+    """Have this process hold no marked memory of earlier tests, which would merge as well."""
+    gc.collect()
+    arena = sys.modules.get("pyksm._numpy")
+    if arena is not None:
+        arena.release_kept()
 
 
 @pytest.fixture

@@ -531,9 +531,9 @@ static size_t purge_run(doomed *dead)
     return (size_t)dirty << page_shift;
 }
 
-static void keep_within_budget(doomed *dead)
+static void keep_within(size_t allowed, doomed *dead)
 {
-    size_t allowed = budget(), done = 0;
+    size_t done = 0;
     while (arena.kept_bytes > allowed && done < PURGE_BYTES) {
         if (arena.cached_count) {
             done += arena.cached[0]->nbytes;
@@ -546,6 +546,8 @@ static void keep_within_budget(doomed *dead)
         done += gone;
     }
 }
+
+static void keep_within_budget(doomed *dead) { keep_within(budget(), dead); }
 
 /* ---------------------------------------------------------------------- big mappings */
 
@@ -937,22 +939,28 @@ size_t arena_keep_small(void)
     return switched;
 }
 
-void arena_switched_on(int by)
+/* Count a switch on (1), off (-1) or none (0); give back what is kept over the budget, or all of
+   it, in short critical sections. */
+static void trim(int by, int all)
 {
     doomed dead = {NULL};
     size_t before;
     pthread_once(&started, start);
     lock_arena();
     arena.on += by;
-    do { /* in short critical sections */
+    do {
         before = arena.kept_bytes;
-        keep_within_budget(&dead);
+        keep_within(all ? 0 : budget(), &dead);
         unlock_arena();
         bury(&dead);
         lock_arena();
     } while (arena.kept_bytes < before);
     unlock_arena();
 }
+
+void arena_switched_on(int by) { trim(by, 0); }
+
+void arena_release_kept(void) { trim(0, 1); }
 
 void arena_count(arena_counters *counters)
 {

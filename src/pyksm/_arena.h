@@ -45,6 +45,9 @@ size_t arena_keep_small(void);
 /* While at least one allocator is switched on more freed memory is kept for the next array. */
 void arena_switched_on(int by);
 
+/* Unmap, or let go of, all memory that no array uses. */
+void arena_release_kept(void);
+
 typedef struct {
     size_t live_arrays;
     size_t live_bytes;

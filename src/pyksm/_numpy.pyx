@@ -39,6 +39,7 @@ cdef extern from "_arena.h":
     void arena_everywhere_min(size_t min_bytes) noexcept nogil
     int arena_first_slab(uintptr_t *address, size_t *nbytes) noexcept nogil
     size_t arena_keep_small() noexcept nogil
+    void arena_release_kept() noexcept nogil
     void arena_switched_on(int by) noexcept nogil
     void arena_count(arena_counters *counters) noexcept nogil
     size_t arena_extents(arena_extent *extents, size_t room) noexcept nogil
@@ -185,6 +186,12 @@ def keep_small():
     with nogil:
         switched = arena_keep_small()
     return switched
+
+
+def release_kept():
+    """Give the system back all memory that no array uses."""
+    with nogil:
+        arena_release_kept()
 
 
 def slabs():

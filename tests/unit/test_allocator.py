@@ -775,3 +775,14 @@ def test_tracemalloc_sees_the_arrays(handler_as_it_was: None, nbytes: int) -> No
         assert traced() == 0
     finally:
         tracemalloc.stop()
+
+
+def test_kept_memory_can_be_given_back_at_once() -> None:
+    with allocator():
+        array = np.ones(1 << 20)
+        kept = np.ones(1 << 20)
+        del kept
+    assert _numpy.counters()["kept_bytes"] > 0
+    _numpy.release_kept()
+    assert _numpy.counters()["kept_bytes"] == 0
+    assert array.sum() == 1 << 20
