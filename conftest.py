@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import sys
 import os
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
