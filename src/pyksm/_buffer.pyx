@@ -11,6 +11,7 @@ Python code or a slow system call runs; the mutex is taken over fork, so a child
 locked.
 """
 
+import contextlib
 import os
 import re
 from operator import index
@@ -403,4 +404,5 @@ def live():
         free(copies)
 
 
-Buffer.__module__ = "pyksm"
+with contextlib.suppress(TypeError):  # only a build without the stable ABI has static types
+    Buffer.__module__ = "pyksm"
