@@ -217,12 +217,20 @@ class Ledger:
     def switch(self, on: bool, *, force: bool = False) -> Switch:
         """Ask for PR_SET_MEMORY_MERGE on or off; what pyksm's own claims want stays so."""
         with self._locked():
+            self._fold_kept_switches()
             if not self.switches:
                 self._switched_from = _sys.get_memory_merge()
             switch = Switch(on)
             self._throw(on, force=force)
-            self.switches = [s for s in self.switches if not s.kept] + [switch]
+            self.switches.append(switch)
             return switch
+
+    def _fold_kept_switches(self) -> None:
+        """Make the newest kept request what later ones go back to; older ones never hold again."""
+        kept = [index for index, switch in enumerate(self.switches) if switch.kept]
+        if kept:
+            self._switched_from = self.switches[kept[-1]].on
+            del self.switches[: kept[-1] + 1]
 
     def end_switch(self, switch: Switch) -> None:
         """Take a process-wide request back; the newest of those left holds."""
@@ -366,8 +374,9 @@ class Ledger:
                 with contextlib.suppress(OSError):
                     advise(start, end, _process_wide())
             return
-        with self._locked(), contextlib.suppress(OSError):  # unmapped already
-            self._change([claim], _without, force=True)  # death cannot be refused
+        with self._locked():
+            with contextlib.suppress(OSError):  # unmapped already
+                self._change([claim], _without, force=True)  # death cannot be refused
             self._strike(claim)
 
     def _sweep(self) -> None:

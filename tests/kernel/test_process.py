@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import Ksmd, mappings, rollup_kb, spawn, vm_flags, wait_until
 
@@ -72,7 +73,7 @@ def test_marks_that_stood_before_come_back(marked: Region) -> None:
 def test_buffers_and_arena_stay_marked() -> None:
     buffer = pyksm.Buffer(1 << 20)
     with pyksm.allocator():
-        array = pyksm.copy(bytearray(1 << 20)) and __import__("numpy").ones(1 << 18)
+        array = np.ones(1 << 18)
     with Process().merge():
         pass
     assert is_marked(Region(buffer))
@@ -118,6 +119,23 @@ def test_switches_nest_and_undo_in_any_order(marked: Region) -> None:
     assert is_marked(marked)
     second.undo()
     assert not is_marked(marked)
+
+
+def test_a_kept_switch_is_what_a_later_one_goes_back_to() -> None:
+    def worker() -> None:
+        import pyksm
+
+        def merged() -> bool | None:
+            return pyksm.Process().stats().ksm_merge_any
+
+        pyksm.Process().merge()  # thrown away: from now on
+        with pyksm.Process().unmerge():
+            say(merged())  # noqa: F821
+        say(merged())  # noqa: F821
+
+    with spawn(worker) as child:
+        child.expect("False")
+        child.expect("True")
 
 
 def test_a_process_already_merged_stays_so() -> None:
